@@ -1,0 +1,226 @@
+"""Cross-entropy forward and backward: fusedstep against torch, and against what the machine allows.
+
+Measured is `f(x, y).backward(); x.grad = None` on standard-normal logits x, in one interleaved run
+with two floors: the autograd round trip `x.sum().backward(); x.grad = None`, below which no small
+loss can go, and `torch.exp(x)`, one read, one exponential and one write of the logits, below which
+no large one can. FLOOR_ELEMENTS says where the one gives way to the other. Before that fusedstep's
+loss and gradient are compared with torch's in float64; where they differ nothing is timed.
+"""
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typer import Option
+
+import cli
+import report
+from correctness import require_close
+from timing import Call, Spread, buffer_sets, measure
+
+FLOOR_ELEMENTS = 256_000
+
+SIZES = "1x10,64x10,512x10,4096x10,256x100,256x1000,1024x1000,128x32000,64x128256"
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+CrossEntropy = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Operands:
+    x: Tensor
+    y: Tensor
+    options: Mapping[str, Any]
+
+    def double(self) -> "Operands":
+        options = {
+            name: value.double() if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+        }
+        y = self.y.double() if self.y.is_floating_point() else self.y
+        return Operands(self.x.detach().double().requires_grad_(), y, options)
+
+    def loss_and_gradient(self, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor]:
+        loss = cross_entropy(self.x, self.y, **self.options)
+        (gradient,) = torch.autograd.grad(loss, self.x)
+        return loss.detach(), gradient
+
+    def forward_backward(self, cross_entropy: CrossEntropy) -> Call:
+        f = partial(cross_entropy, **self.options) if self.options else cross_entropy
+        x, y = self.x, self.y
+
+        def call() -> None:
+            f(x, y).backward()
+            x.grad = None
+
+        return call
+
+    def round_trip(self) -> Call:
+        x = self.x
+
+        def call() -> None:
+            x.sum().backward()
+            x.grad = None
+
+        return call
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, ...]
+    channels_last: bool = False
+    label_smoothing: float = 0.0
+    weighted: bool = False
+    probabilities: bool = False
+
+    def operands(self, dtype: torch.dtype, device: str) -> Operands:
+        torch.manual_seed(0)
+        batch, classes, *positions = self.shape
+        x = torch.randn(self.shape, device=device).to(dtype)
+        if self.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if self.probabilities:
+            y = torch.randn(self.shape, device=device).softmax(1).to(dtype)
+        else:
+            y = torch.randint(classes, (batch, *positions), device=device)
+        options: dict[str, Any] = {}
+        if self.label_smoothing:
+            options["label_smoothing"] = self.label_smoothing
+        if self.weighted:
+            options["weight"] = torch.rand(classes, device=device).add(0.5).to(dtype)
+        return Operands(x.requires_grad_(), y, options)
+
+
+SHAPES = [
+    Case("4x21x128x128", (4, 21, 128, 128)),
+    Case("4x21x128x128, channels last", (4, 21, 128, 128), channels_last=True),
+    Case("256x1000, label smoothing", (256, 1000), label_smoothing=0.1),
+    Case("256x1000, class weights", (256, 1000), weighted=True),
+    Case("256x1000, probability targets", (256, 1000), probabilities=True),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(cli.BenchmarkOptions):
+    """Time cross-entropy forward and backward, fusedstep against torch."""
+
+    sizes: Annotated[str, Option(help="Batch x classes, comma-separated.")] = SIZES
+    shapes: Annotated[bool, Option(help="Also time images, weights, soft targets.")] = True
+    dtypes: Annotated[str, Option(help=f"Of {', '.join(DTYPES)}.")] = "float32"
+
+    @property
+    def cases(self) -> list[Case]:
+        return [case(size) for size in self.sizes.split(",")] + (SHAPES if self.shapes else [])
+
+
+def case(size: str) -> Case:
+    shape = cli.positive_integers("a size like 64x10", size, separator="x")
+    if len(shape) != 2:
+        raise cli.Refusal(f"--sizes takes sizes like 64x10, not {size!r}")
+    return Case("x".join(map(str, shape)), tuple(shape))
+
+
+@dataclass(frozen=True)
+class Row:
+    case: str
+    dtype: str
+    native: Spread
+    ours: Spread
+    speedup: Spread
+    floor_name: str
+    floor: Spread
+    over_floor: Spread
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "logits": lambda row: row.case,
+    "dtype": lambda row: row.dtype,
+    "native": lambda row: report.seconds(row.native.median),
+    "fusedstep": lambda row: report.seconds(row.ours.median),
+    "native / fusedstep": lambda row: report.spread(row.speedup, report.factor),
+    "floor": lambda row: f"{report.seconds(row.floor.median)} ({row.floor_name})",
+    "fusedstep / floor": lambda row: report.spread(row.over_floor, report.factor),
+}
+
+
+def check(case: Case, dtype: torch.dtype, device: str, ours: CrossEntropy) -> None:
+    operands = case.operands(dtype, device)
+    computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    stored = torch.finfo(dtype)
+    for what, actual, expected in zip(
+        ("the loss", "the gradient"),
+        operands.loss_and_gradient(ours),
+        operands.double().loss_and_gradient(F.cross_entropy),
+        strict=True,
+    ):
+        require_close(
+            f"{what} of {case.name} in {dtype}",
+            actual,
+            expected,
+            rtol=64 * computed.eps + stored.eps,
+            # softmax - 1 cancels at the target; the smallest results are subnormal
+            atol=4 * computed.eps * expected.abs().max().item() + stored.tiny * stored.eps,
+        )
+
+
+def bench(case: Case, dtype_name: str, options: Options, ours: CrossEntropy) -> Row:
+    dtype = DTYPES[dtype_name]
+    check(case, dtype, options.device, ours)
+    first = case.operands(dtype, options.device)
+    copies = buffer_sets(first.x.nbytes, options.device)
+    sets = [first, *(case.operands(dtype, options.device) for _ in range(copies - 1))]
+    measured = measure(
+        {
+            "native": [operands.forward_backward(F.cross_entropy) for operands in sets],
+            "ours": [operands.forward_backward(ours) for operands in sets],
+            "round trip": [operands.round_trip() for operands in sets],
+            "exp": [partial(torch.exp, operands.x.detach()) for operands in sets],
+        },
+        options.device,
+        options.rounds,
+    )
+    floor = "exp" if math.prod(case.shape) >= FLOOR_ELEMENTS else "round trip"
+    return Row(
+        case.name,
+        dtype_name,
+        measured.time("native"),
+        measured.time("ours"),
+        measured.ratio("native", "ours"),
+        floor,
+        measured.time(floor),
+        measured.ratio("ours", floor),
+    )
+
+
+def main(options: Options) -> None:
+    dtypes = list(cli.items(options.dtypes, DTYPES))
+    work = [(case, dtype) for dtype in dtypes for case in options.cases]
+    ours = cli.require_fusedstep().functional.cross_entropy
+    torch.set_num_threads(options.threads)
+    rows = [bench(case, dtype, options, ours) for case, dtype in report.progress(work)]
+    report.show("Cross-entropy forward and backward", COLUMNS, rows)
+    sizes = {case(size).name for size in options.sizes.split(",")}
+    summary = {
+        f"geometric mean of native / fusedstep over the sizes, {dtype}": statistics.geometric_mean(
+            row.speedup.median for row in rows if row.dtype == dtype and row.case in sizes
+        )
+        for dtype in dtypes
+    }
+    report.conclude(options, rows, summary)
+
+
+if __name__ == "__main__":
+    cli.run(Options, main, sys.argv[1:])

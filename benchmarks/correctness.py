@@ -1,0 +1,20 @@
+"""The check that precedes every measurement: wrong results are not timed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cli import Refusal
+
+
+class WrongResult(Refusal):
+    exit_code = 1
+
+
+def require_close(what: str, actual: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
+    """Compares `actual` of any dtype with the float64 reference `expected`."""
+    try:
+        torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
+    except AssertionError as error:
+        raise WrongResult(f"not timed, {what} is wrong: {error}") from None

@@ -1,0 +1,129 @@
+"""How benchmarks report: a table on the terminal and, with --json, a file of these keys:
+
+environment  torch, fusedstep, python, cpu, capability, cores, threads, gpu, command, date
+rows         one object per row of the table; times in seconds, a spread as its median and the
+             quartiles low and high
+summary      figures over all rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from matplotlib.ticker import EngFormatter
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from cli import BenchmarkOptions, require_fusedstep
+from timing import Spread
+
+T = TypeVar("T")
+Row = TypeVar("Row")
+
+MIN_COLUMN_WIDTH = 7
+seconds = EngFormatter(unit="s", places=2)
+PLAIN_WIDTH = 160  # where the output is a file or a pipe, which has no width of its own
+
+console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+
+
+def environment(device: str) -> dict[str, str | int | None]:
+    return {
+        "torch": torch.__version__,
+        "fusedstep": require_fusedstep().__version__,
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "command": shlex.join(sys.argv),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def show(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> None:
+    table = Table(title=title, title_justify="left")
+    for header in columns:
+        table.add_column(header, justify="left" if header == next(iter(columns)) else "right")
+    for row in rows:
+        table.add_row(*(cell(row) for cell in columns.values()))
+    console.print(table)
+
+
+def stream(columns: Mapping[str, Callable[[Row], str]]) -> Callable[[Row], None]:
+    """A function that prints one row, for a table whose rows come minutes apart."""
+    header_due = True
+
+    def print_row(row: Row) -> None:
+        nonlocal header_due
+        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header_due)
+        for header in columns:
+            width = max(MIN_COLUMN_WIDTH, *map(len, header.split("\n")))
+            table.add_column(header, justify="right", width=width)
+        table.add_row(*(cell(row) for cell in columns.values()))
+        console.print(table)
+        header_due = False
+
+    return print_row
+
+
+def say(line: str) -> None:
+    """Prints `line` as it is: unwrapped, and without rich's markup."""
+    console.print(line, soft_wrap=True, markup=False)
+
+
+def conclude(
+    options: BenchmarkOptions, rows: Sequence[object], summary: Mapping[str, float]
+) -> None:
+    """Prints the summary and where it was measured, and writes the --json file."""
+    for label, value in summary.items():
+        say(f"{label}: {value:.2f}")
+    where = environment(options.device)
+    say(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    if options.json is not None:
+        document = {
+            "environment": where,
+            "rows": [dataclasses.asdict(row) for row in rows],  # type: ignore[call-overload]
+            "summary": summary,
+        }
+        options.json.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def progress_bar() -> Progress:
+    """Seen on a terminal only, and while it runs."""
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def progress(work: Sequence[T]) -> Iterator[T]:
+    with progress_bar() as bar:
+        yield from bar.track(work, description="measuring")
+
+
+def factor(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def spread(value: Spread, unit: Callable[[float], str]) -> str:
+    """The median and, in brackets, the quartiles."""
+    return f"{unit(value.median)} ({unit(value.low)} – {unit(value.high)})"

@@ -1,0 +1,135 @@
+"""Times several callables against each other in one interleaved run.
+
+Each round gives every candidate one block of calls, in an order shuffled anew, so that a drift of
+the machine's speed meets all of them alike. Ratios are taken within a round, between blocks that
+lie milliseconds apart; results are medians over the rounds, with the quartiles as their spread.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from time import perf_counter
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+Call = Callable[[], object]
+
+BLOCK_SECONDS = 2e-3
+MAX_BUFFER_SETS = 64
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The quartiles of a sample."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, sample: Sequence[float]) -> Spread:
+        low, median, high = np.quantile(sample, [0.25, 0.5, 0.75]).tolist()
+        return cls(median, low, high)
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(factor * self.median, factor * self.low, factor * self.high)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds per call of each candidate, one entry a round."""
+
+    seconds: Mapping[str, Sequence[float]]
+
+    def time(self, name: str) -> Spread:
+        return Spread.of(self.seconds[name])
+
+    def ratio(self, numerator: str, denominator: str) -> Spread:
+        pairs = zip(self.seconds[numerator], self.seconds[denominator], strict=True)
+        return Spread.of([above / below for above, below in pairs])
+
+
+def timed(call: Callable[[], T], device: str) -> tuple[T, float]:
+    """What `call` returns and the seconds it takes, the work it leaves on the GPU included."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        return result, start.elapsed_time(end) / 1e3
+    begin = perf_counter()
+    result = call()
+    return result, perf_counter() - begin
+
+
+def buffer_sets(nbytes: int, device: str) -> int:
+    """How many copies of `nbytes` of operands calls must rotate through to read device memory.
+
+    On CUDA together they exceed the L2 cache twice over. Operands so small that MAX_BUFFER_SETS of
+    them still fit are timed by their launches, not by their memory. A CPU benchmark wants the
+    operands where training leaves them, in its cache if they fit: one set.
+    """
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    return min(math.ceil(2 * cache / nbytes) + 1, MAX_BUFFER_SETS)
+
+
+def measure(
+    candidates: Mapping[str, Call | Sequence[Call]], device: str, rounds: int
+) -> Measurement:
+    """Times `candidates`; one given as several calls takes turns through them."""
+    blocks = {
+        name: Block([calls] if callable(calls) else calls, device)
+        for name, calls in candidates.items()
+    }
+    order = list(blocks)
+    shuffle = random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for block in blocks.values():
+            block.warm_up()
+        for _ in range(rounds):
+            shuffle(order)
+            for name in order:
+                seconds[name].append(blocks[name].seconds_per_call())
+    finally:
+        if collecting:
+            gc.enable()
+    return Measurement(seconds)
+
+
+class Block:
+    """So many calls of one candidate that they fill BLOCK_SECONDS, or one longer call."""
+
+    def __init__(self, calls: Sequence[Call], device: str) -> None:
+        self._turns = cycle(calls)
+        self._device = device
+        self._calls = 1
+
+    def warm_up(self) -> None:
+        while min(self._seconds() for _ in range(3)) < BLOCK_SECONDS:
+            self._calls *= 2
+
+    def seconds_per_call(self) -> float:
+        return self._seconds() / self._calls
+
+    def _seconds(self) -> float:
+        _, seconds = timed(self._run, self._device)
+        return seconds
+
+    def _run(self) -> None:
+        for call in islice(self._turns, self._calls):
+            call()

@@ -1,0 +1,271 @@
+"""Trains a CNN with torch's own loss and optimizer and with fusedstep's, side by side.
+
+Both networks start from the same weights and see the same batches. They step in turn, batch by
+batch, the first turn alternating, so that cache warmth and drift favour neither. A step is
+zero_grad, forward, loss, backward and update; loading its batch is timed apart.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from typer import Option
+
+import cli
+import data
+from models import NETWORKS
+from timing import Measurement, timed
+
+TEST_BATCH_SIZE = 256
+WARM_UP_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Implementation:
+    title: str
+    criterion: type[nn.CrossEntropyLoss]
+    optimizer: type[torch.optim.SGD]
+
+
+def native() -> Implementation:
+    return Implementation("native torch", nn.CrossEntropyLoss, torch.optim.SGD)
+
+
+def fused() -> Implementation:
+    fusedstep = cli.require_fusedstep()
+    return Implementation("fusedstep", fusedstep.CrossEntropyLoss, fusedstep.SGD)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[], Implementation]] = {"native": native, "fused": fused}
+
+
+class Trainer:
+    """A network with its loss and its optimizer."""
+
+    def __init__(
+        self,
+        implementation: Implementation,
+        model: nn.Module,
+        *,
+        lr: float,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.model = model
+        self.criterion = implementation.criterion()
+        self.optimizer = implementation.optimizer(
+            model.parameters(),
+            lr=lr,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+        )
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss: Tensor = self.criterion(self.model(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    @torch.no_grad()
+    def accuracy(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """The share of the images whose class the network finds."""
+        right = total = 0
+        for images, labels in batches:
+            right += int((self.model(images).argmax(1) == labels).sum())
+            total += len(labels)
+        return right / total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a small CNN with native torch and with fusedstep, step by step side by side."""
+
+    model: Annotated[Literal["lenet", "cifar", "cifar-one-head"], Option(help="The network.")] = (
+        "cifar"
+    )
+    data: Annotated[
+        Literal["digits", "cifar10"],
+        Option(help="scikit-learn's handwritten digits, or CIFAR-10 through torchvision."),
+    ] = "digits"
+    data_root: Annotated[Path, Option(help="The folder that holds CIFAR-10.")] = Path("data")
+    samples: Annotated[
+        int | None, Option(help="Train on the first so many images only.", show_default="all")
+    ] = None
+    batch_size: Annotated[int, Option(help="Images per step.")] = 4
+    epochs: Annotated[int, Option(help="Passes over the training images.")] = 10
+    lr: Annotated[float, Option(help="Learning rate.")] = 0.001
+    momentum: Annotated[float, Option(help="SGD's momentum.")] = 0.5
+    nesterov: Annotated[bool, Option("--nesterov", help="Use Nesterov's momentum.")] = False
+    weight_decay: Annotated[float, Option(help="SGD's weight decay.")] = 0.0
+    implementation: Annotated[
+        Literal["native", "fused", "both"], Option(help="Whose loss and optimizer.")
+    ] = "both"
+    dtype: Annotated[Literal["float32", "float64"], Option(help="Of the weights and images.")] = (
+        "float32"
+    )
+    device: Annotated[Literal["cpu", "cuda"], Option(help="Where to train.")] = "cpu"
+    threads: Annotated[
+        int | None, Option(help="CPU threads that torch may use.", show_default="torch's choice")
+    ] = None
+    seed: Annotated[int, Option(help="Of the weights and of the order of the images.")] = 0
+    tensorboard: Annotated[
+        Path | None, Option(help="Write TensorBoard event files to this folder.")
+    ] = None
+    plot: Annotated[Path, Option(help="Save the plot as this PNG file.")] = Path("train_cnn.png")
+
+    def __post_init__(self) -> None:
+        cli.require_range(
+            1, cli.MAX_COUNT, samples=self.samples, batch_size=self.batch_size, epochs=self.epochs
+        )
+        cli.require_range(0, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        cli.require_range(0, cli.MAX_COUNT, seed=self.seed)
+        cli.require_threads(self.threads)
+        cli.require_device(self.device)
+        if self.nesterov and self.momentum == 0:
+            raise cli.Refusal("--nesterov needs a --momentum above 0")
+        if self.plot.suffix != ".png":
+            raise cli.Refusal(f"--plot must name a .png file, not {self.plot}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def implementations(self) -> list[str]:
+        return list(IMPLEMENTATIONS) if self.implementation == "both" else [self.implementation]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the training images gave, by implementation."""
+
+    number: int
+    losses: Mapping[str, float]
+    """Summed over the batches."""
+    accuracies: Mapping[str, float]
+    """Shares of the test images."""
+    steps: Measurement
+    loading: Sequence[float]
+    """Seconds that each batch took to load."""
+
+    @property
+    def loss_difference(self) -> float:
+        """Between the implementations, relative to the native loss."""
+        native, fused = self.losses["native"], self.losses["fused"]
+        return abs(fused - native) / max(abs(native), sys.float_info.min)
+
+
+@dataclass(frozen=True)
+class Result:
+    config: Config
+    epochs: Sequence[Epoch]
+
+    @property
+    def steps(self) -> Measurement:
+        return Measurement(
+            {
+                name: [second for epoch in self.epochs for second in epoch.steps.seconds[name]]
+                for name in self.config.implementations
+            }
+        )
+
+    @property
+    def loading(self) -> Sequence[float]:
+        return [second for epoch in self.epochs for second in epoch.loading]
+
+
+def train(
+    config: Config,
+    on_step: Callable[[int, int], object] = lambda done, total: None,
+    on_epoch: Callable[[Epoch], object] = lambda epoch: None,
+) -> Result:
+    """Trains as `config` says.
+
+    The callbacks run outside the timed steps: on_step(steps done, steps in all), on_epoch(epoch).
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    trainers = _trainers(config)
+    training, test = _batches(config)
+    epochs = []
+    for number in range(1, config.epochs + 1):
+        running_losses = {
+            name: torch.zeros((), device=config.device, dtype=config.torch_dtype)
+            for name in trainers
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        loading = []
+        turns = list(trainers)
+        loaded = _on_device(training, config)
+        for index in range(len(training)):
+            (images, labels), took = timed(partial(next, loaded), config.device)
+            loading.append(took)
+            for name in turns:
+                step = partial(trainers[name].step, images, labels)
+                loss, took = timed(step, config.device)
+                running_losses[name] += loss
+                seconds[name].append(took)
+            turns.reverse()
+            on_step((number - 1) * len(training) + index + 1, config.epochs * len(training))
+        warm_up = min(WARM_UP_STEPS, len(training) - 1) if number == 1 else 0
+        epoch = Epoch(
+            number,
+            losses={name: loss.item() for name, loss in running_losses.items()},
+            accuracies={
+                name: trainer.accuracy(_on_device(test, config))
+                for name, trainer in trainers.items()
+            },
+            steps=Measurement({name: steps[warm_up:] for name, steps in seconds.items()}),
+            loading=loading,
+        )
+        epochs.append(epoch)
+        on_epoch(epoch)
+    return Result(config, epochs)
+
+
+def _trainers(config: Config) -> dict[str, Trainer]:
+    torch.manual_seed(config.seed)
+    model = NETWORKS[config.model].build().to(config.device, config.torch_dtype)
+    return {
+        name: Trainer(
+            IMPLEMENTATIONS[name](),
+            copy.deepcopy(model),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+        for name in config.implementations
+    }
+
+
+Batches = DataLoader[tuple[Tensor, ...]]
+
+
+def _batches(config: Config) -> tuple[Batches, Batches]:
+    channels = NETWORKS[config.model].channels
+    if config.data == "digits":
+        training, test = data.digits(channels)
+    else:
+        training, test = data.cifar10(channels, config.data_root)
+    training = Subset(training, range(len(training))[: config.samples])
+    order = torch.Generator().manual_seed(config.seed)
+    return (
+        DataLoader(training, config.batch_size, shuffle=True, generator=order),
+        DataLoader(test, TEST_BATCH_SIZE),
+    )
+
+
+def _on_device(batches: Batches, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, labels in batches:
+        yield images.to(config.device, config.torch_dtype), labels.to(config.device)

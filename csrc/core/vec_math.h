@@ -1,0 +1,81 @@
+// exp and log lane by lane. Polynomial coefficients are Remez fits made for these ranges; the
+// errors beside them are relative, before rounding.
+#pragma once
+
+#include "core/vec.h"
+
+namespace fusedstep::FUSEDSTEP_LEVEL {
+
+// exp(x) for x <= 88 (float) or x <= 709 (double); 0 where the result would be subnormal, NaN for
+// NaN. x = n ln2 + r with |r| <= ln2/2, found by adding 1.5 * 2^23 (2^52): the sum's low bits hold n
+// plus the exponent bias, and one shift turns them into 2^n.
+FUSEDSTEP_VEC VecF exp(VecF x) {
+    VecF const magic = broadcast(12582912.0f + 127.0f);
+    VecF const shifted = fmadd(x, broadcast(1.44269504088896341f), magic);
+    VecF const n = shifted - magic;
+    VecF r = fmadd(n, broadcast(-0.693359375f), x);
+    r = fmadd(n, broadcast(2.12194440054690583e-4f), r);
+    // (exp(r) - 1 - r) / r^2, to 3.1e-9
+    VecF q = broadcast(0.0013814599553f);
+    q = fmadd(q, r, broadcast(0.0083687168753f));
+    q = fmadd(q, r, broadcast(0.0416683880310f));
+    q = fmadd(q, r, broadcast(0.1666652063177f));
+    q = fmadd(q, r, broadcast(0.4999999344784f));
+    VecF const p = fmadd(q, r * r, r) + 1.0f;
+    VecF const result = p * bit_cast<VecF>(bit_cast<VecU32>(shifted) << 23);
+    return x < -87.3365447f ? VecF{} : result;
+}
+
+FUSEDSTEP_VEC VecD exp(VecD x) {
+    VecD const magic = broadcast(6755399441055744.0 + 1023.0);
+    VecD const shifted = fmadd(x, broadcast(1.44269504088896340736), magic);
+    VecD const n = shifted - magic;
+    VecD r = fmadd(n, broadcast(-6.93147180369123816490e-1), x);
+    r = fmadd(n, broadcast(-1.90821492927058770002e-10), r);
+    // (exp(r) - 1 - r) / r^2, to 3.6e-18
+    VecD q = broadcast(2.5000056604513258036e-8);
+    q = fmadd(q, r, broadcast(2.7630248336116405948e-7));
+    q = fmadd(q, r, broadcast(2.755758638842914442e-6));
+    q = fmadd(q, r, broadcast(2.4801493099030417868e-5));
+    q = fmadd(q, r, broadcast(1.9841269506564000929e-4));
+    q = fmadd(q, r, broadcast(1.3888888943629989842e-3));
+    q = fmadd(q, r, broadcast(8.3333333334944675334e-3));
+    q = fmadd(q, r, broadcast(4.1666666666530159082e-2));
+    q = fmadd(q, r, broadcast(1.6666666666666412515e-1));
+    q = fmadd(q, r, broadcast(5.0000000000000106271e-1));
+    VecD const p = fmadd(q, r * r, r) + 1.0;
+    VecD const result = p * bit_cast<VecD>(bit_cast<VecU64>(shifted) << 52);
+    return x < -708.3964185322641 ? VecD{} : result;
+}
+
+// log(x) for normal x > 0; inf for inf, NaN for NaN. x = 2^e m with m in [sqrt(1/2), sqrt(2)).
+FUSEDSTEP_VEC VecF log(VecF x) {
+    VecI32 const bits = bit_cast<VecI32>(x);
+    VecI32 const e = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2) is 0x3f3504f3
+    VecF const m = bit_cast<VecF>(bits - (e << 23));
+    VecF const exponent = __builtin_convertvector(e, VecF);
+    VecF const f = m - 1.0f;
+    // (log(1 + f) - f + f^2/2) / f^3, to 7.5e-10
+    VecF q = broadcast(0.0674664838f);
+    q = fmadd(q, f, broadcast(-0.1167565505f));
+    q = fmadd(q, f, broadcast(0.1188816058f));
+    q = fmadd(q, f, broadcast(-0.1240558831f));
+    q = fmadd(q, f, broadcast(0.1421955251f));
+    q = fmadd(q, f, broadcast(-0.1666799589f));
+    q = fmadd(q, f, broadcast(0.2000211865f));
+    q = fmadd(q, f, broadcast(-0.2500000960f));
+    q = fmadd(q, f, broadcast(0.3333331260f));
+    VecF const square = f * f;
+    VecF tail = fmadd(q * f, square, square * -0.5f);
+    tail = fmadd(exponent, broadcast(-2.12194440054690583e-4f), tail);
+    VecF const result = fmadd(exponent, broadcast(0.693359375f), f + tail);
+    return x < std::numeric_limits<float>::infinity() ? result : x;
+}
+
+FUSEDSTEP_VEC VecD log(VecD x) {
+    VecD result;
+    for (int i = 0; i < kLanes<double>; ++i) result[i] = std::log(x[i]);
+    return result;
+}
+
+}  // namespace fusedstep::FUSEDSTEP_LEVEL

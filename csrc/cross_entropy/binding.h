@@ -1,0 +1,25 @@
+// What the Python module binds of this room.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <typeinfo>
+
+namespace fusedstep::cross_entropy {
+
+// Cross-entropy of plain tensors, or nothing where the kernels do not cover the arguments and
+// torch's own op has to run (and to raise torch's own errors). `reduction` is a Reduction.
+//
+// Raises ValueError or RuntimeError (the type torch raises) for a target whose shape does not fit
+// the logits, and IndexError for a class index out of range, all before anything is written.
+std::optional<at::Tensor> cross_entropy(const at::Tensor& logits, const at::Tensor& target,
+                                        const std::optional<at::Tensor>& weight,
+                                        std::int64_t reduction, std::int64_t ignore_index,
+                                        double label_smoothing);
+
+// The type of the autograd node, so that Python can show its name.
+const std::type_info& backward_node_type();
+
+}  // namespace fusedstep::cross_entropy

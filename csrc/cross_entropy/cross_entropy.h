@@ -1,0 +1,91 @@
+// The contract between the torch side of this room and its kernels: plain pointers, sizes and
+// strides (in elements), nothing else.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu_level.h"
+#include "core/dtype.h"
+
+namespace fusedstep::cross_entropy {
+
+enum class Reduction : int { none = 0, mean = 1, sum = 2 };
+
+enum class TargetKind {
+    index,          // int64 class indices
+    smoothed_index, // int64 class indices with label smoothing
+    probability,    // one probability per class, in the logits' dtype or in float32
+};
+
+// Rows are the positions a loss is computed at: (N, d1, ..., dK) flattened, last dimension fastest.
+// torch.cpp merges dimensions wherever all operands allow, so one or two are left in practice.
+inline constexpr int kMaxRowDims = 8;
+
+struct Args {
+    std::int64_t rows;
+    std::int64_t classes;
+    int row_dims;  // >= 1
+    std::int64_t row_sizes[kMaxRowDims];
+
+    // Logits; read only. dtype is that of the logits and of the gradient.
+    DType dtype;
+    const void* logits;
+    std::int64_t logits_class_stride;
+    std::int64_t logits_row_strides[kMaxRowDims];
+
+    // Targets. Indices are contiguous, one per row, and each is either ignore_index or in
+    // [0, classes): scan_targets() has seen them.
+    TargetKind target_kind;
+    const std::int64_t* target_index;
+    std::int64_t ignore_index;
+    DType target_dtype;
+    const void* target_probability;
+    std::int64_t target_class_stride;
+    std::int64_t target_row_strides[kMaxRowDims];
+
+    const void* weight;     // one per class, contiguous, in acc_t; null: all one
+    double label_smoothing; // in [0, 1]
+
+    // Multiplies the gradient: 1 / (sum of the rows' weights) for a mean, else 1.
+    double gradient_scale;
+
+    // Gradient with respect to the logits; null when none is wanted.
+    void* grad;
+    std::int64_t grad_class_stride;
+    std::int64_t grad_row_strides[kMaxRowDims];
+
+    // Loss of each row, contiguous, in loss_dtype; null when it is reduced.
+    DType loss_dtype;
+    void* row_losses;
+
+    // Per row {m, U / S} in acc_t: what a backward that recomputes needs. Null when not wanted
+    // (forward); read by backward.
+    void* row_stats;
+
+    // backward only: gradient of the loss, in acc_t, one value (stride 0) or one per row (stride 1).
+    const void* grad_output;
+    std::int64_t grad_output_stride;
+};
+
+// Work is split into chunks of this many rows, whatever the number of threads: that, and a sum over
+// chunks in order, makes the result the same bits for any number of threads.
+std::int64_t rows_per_chunk(std::int64_t rows, std::int64_t classes);
+
+struct TargetScan {
+    double weight_sum;          // sum of the weights of rows that are not ignored
+    std::int64_t first_invalid; // first row in range whose target is out of range, or -1
+};
+
+struct CpuKernels {
+    // Looks at class-index targets of rows [begin, end); writes nothing.
+    TargetScan (*scan_targets)(const Args&, std::int64_t begin, std::int64_t end);
+    // Computes rows [begin, end) and returns the sum of their losses (0 when row_losses is set).
+    double (*forward)(const Args&, std::int64_t begin, std::int64_t end);
+    // Writes grad of rows [begin, end) from row_stats and grad_output.
+    void (*backward)(const Args&, std::int64_t begin, std::int64_t end);
+};
+FUSEDSTEP_DECLARE_LEVELS(CpuKernels)
+
+const CpuKernels& cpu_kernels();
+
+}  // namespace fusedstep::cross_entropy

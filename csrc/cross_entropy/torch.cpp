@@ -1,0 +1,534 @@
+// Cross-entropy for torch: what is covered, the operators, the autograd node.
+//
+//   fusedstep::cross_entropy            what users call; covered here, or torch's own op
+//   fusedstep::cross_entropy_forward    loss, and with it the gradient or what a recompute needs
+//   fusedstep::cross_entropy_backward   the gradient, recomputed from the logits
+//
+// When the gradient is computed. With reduction "mean" or "sum" it is computed in the forward pass,
+// while a row is in cache, and the backward pass hands it over (times grad_output, if that is not
+// 1). It is recomputed from the logits in the backward pass instead where that rounds less or moves
+// fewer bytes: reduction "none" (each row has its own grad_output), float16 (an unscaled gradient
+// underflows: loss scaling must act before rounding), and bfloat16 when grad_output is not a power
+// of two (a second rounding).
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cross_entropy/binding.h"
+#include "cross_entropy/cross_entropy.h"
+#include "torch_glue/node.h"
+#include "torch_glue/plain.h"
+
+namespace fusedstep::cross_entropy {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+bool is_given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
+
+// ---- What is covered ----
+
+bool is_class_index(const Tensor& target) {
+    return target.scalar_type() == at::kLong || target.scalar_type() == at::kByte;
+}
+
+c10::SymInt class_count(const Tensor& logits) {
+    return logits.sym_size(logits.dim() == 1 ? 0 : 1);
+}
+
+// The shape of class indices for these logits: theirs without the class dimension.
+c10::SymDimVector index_shape(const Tensor& logits) {
+    c10::SymDimVector shape;
+    for (std::int64_t d = 0; d < logits.dim(); ++d) {
+        if (d != (logits.dim() == 1 ? 0 : 1)) shape.push_back(logits.sym_size(d));
+    }
+    return shape;
+}
+
+// Raises the type that torch raises for the same fault.
+void check_shapes(const Tensor& logits, const Tensor& target) {
+    if (target.sym_sizes() == logits.sym_sizes()) {
+        TORCH_CHECK(at::isFloatingType(target.scalar_type()),
+                    "cross_entropy: target has the shape of the logits, ", logits.sym_sizes(),
+                    ", and so holds class probabilities, which must be floating point, but its "
+                    "dtype is ",
+                    target.scalar_type());
+        return;
+    }
+    c10::SymDimVector const expected = index_shape(logits);
+    bool const one_index = logits.dim() == 1 && target.dim() == 1 && target.sym_size(0) == 1;
+    if (target.sym_sizes() == c10::SymIntArrayRef(expected) || one_index) {
+        TORCH_CHECK(is_class_index(target),
+                    "cross_entropy: target holds class indices and must have dtype Long or Byte, "
+                    "but its dtype is ",
+                    target.scalar_type());
+        return;
+    }
+    auto const message = c10::str("cross_entropy: target has shape ", target.sym_sizes(),
+                                  ", but logits of shape ", logits.sym_sizes(),
+                                  " need class indices of shape ", c10::SymIntArrayRef(expected),
+                                  " or class probabilities of shape ", logits.sym_sizes());
+    bool const batches_differ = logits.dim() == 1 || target.dim() == 0 ||
+                                logits.sym_size(0) != target.sym_size(0);
+    TORCH_CHECK_VALUE(!batches_differ, message);
+    TORCH_CHECK(false, message);
+}
+
+// The dtype of the loss, or nothing where the dtypes are not covered.
+std::optional<at::ScalarType> loss_type(const Tensor& logits, const Tensor& target,
+                                        const OptionalTensor& weight, bool probabilities) {
+    at::ScalarType const type = logits.scalar_type();
+    if (!kernel_dtype(type)) return std::nullopt;
+    bool const autocast = at::autocast::is_autocast_enabled(logits.device().type());
+    bool const narrow = type == at::kBFloat16 || type == at::kHalf;
+    at::ScalarType loss = autocast && narrow ? at::kFloat : type;
+    if (probabilities && target.scalar_type() != type) {
+        if (!narrow || target.scalar_type() != at::kFloat) return std::nullopt;
+        loss = at::kFloat;
+    }
+    if (is_given(weight) && weight->scalar_type() != type) {
+        // Autocast widens logits and weight alike; without it torch refuses a mixture.
+        if (!autocast || !narrow || !kernel_dtype(weight->scalar_type())) return std::nullopt;
+        if (weight->scalar_type() == at::kDouble) return std::nullopt;
+    }
+    return loss;
+}
+
+bool covers_tensor(const Tensor& tensor, const Tensor& logits) {
+    return tensor.device() == logits.device() && is_plain_strided(tensor);
+}
+
+// Decides from metadata alone. Raises for shapes that no kernel could accept.
+std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& target,
+                                                const OptionalTensor& weight,
+                                                std::int64_t reduction, std::int64_t ignore_index,
+                                                double label_smoothing) {
+    bool const device = logits.is_cpu() || logits.is_meta() || is_symbolic(logits);
+    if (!device || in_functorch() || !is_plain_strided(logits) || !covers_tensor(target, logits)) {
+        return std::nullopt;
+    }
+    if (logits.dim() < 1 || logits.dim() > kMaxRowDims || class_count(logits) == 0) {
+        return std::nullopt;
+    }
+    if (reduction < 0 || reduction > 2 || !(label_smoothing >= 0.0 && label_smoothing <= 1.0)) {
+        return std::nullopt;
+    }
+    if (target.requires_grad() || torch::autograd::isFwGradDefined(logits) ||
+        torch::autograd::isFwGradDefined(target)) {
+        return std::nullopt;
+    }
+    if (is_given(weight)) {
+        if (!covers_tensor(*weight, logits) || weight->requires_grad() || weight->dim() != 1 ||
+            weight->sym_size(0) != class_count(logits) || torch::autograd::isFwGradDefined(weight)) {
+            return std::nullopt;
+        }
+    }
+    check_shapes(logits, target);
+    bool const probabilities = !is_class_index(target);
+    if (probabilities && ignore_index >= 0) return std::nullopt;
+    return loss_type(logits, target, weight, probabilities);
+}
+
+// ---- Kernel arguments ----
+
+// Row dimensions, merged wherever every operand allows it.
+struct RowLayout {
+    int dims = 0;
+    std::int64_t sizes[kMaxRowDims];
+    std::int64_t logits[kMaxRowDims];
+    std::int64_t grad[kMaxRowDims];
+    std::int64_t target[kMaxRowDims];
+
+    void add(std::int64_t size, std::int64_t logits_stride, std::int64_t grad_stride,
+             std::int64_t target_stride) {
+        if (size == 1) return;
+        if (dims > 0) {
+            int const last = dims - 1;
+            if (logits[last] == size * logits_stride && grad[last] == size * grad_stride &&
+                target[last] == size * target_stride) {
+                set(last, sizes[last] * size, logits_stride, grad_stride, target_stride);
+                return;
+            }
+        }
+        set(dims++, size, logits_stride, grad_stride, target_stride);
+    }
+    void set(int d, std::int64_t size, std::int64_t logits_stride, std::int64_t grad_stride,
+             std::int64_t target_stride) {
+        sizes[d] = size;
+        logits[d] = logits_stride;
+        grad[d] = grad_stride;
+        target[d] = target_stride;
+    }
+};
+
+// Tensors as a kernel wants them; holds what had to be converted while the kernel runs.
+struct KernelArgs {
+    Args args{};
+    Tensor target;
+    Tensor weight;
+
+    KernelArgs(const Tensor& logits, const Tensor& target_, const OptionalTensor& weight_,
+               std::int64_t ignore_index, double label_smoothing, const Tensor& grad) {
+        bool const probabilities = !is_class_index(target_);
+        // Indices are one per row: copying them where they are not adjacent costs 1/C of a pass.
+        target = probabilities ? target_ : target_.to(at::kLong).contiguous();
+        if (is_given(weight_)) {
+            weight = weight_->to(accumulate_type(logits.scalar_type())).contiguous();
+        }
+
+        std::int64_t const class_dim = logits.dim() == 1 ? 0 : 1;
+        RowLayout layout;
+        for (std::int64_t d = 0; d < logits.dim(); ++d) {
+            if (d == class_dim) continue;
+            layout.add(logits.size(d), logits.stride(d), grad.defined() ? grad.stride(d) : 0,
+                       probabilities ? target.stride(d) : 0);
+        }
+        if (layout.dims == 0) layout.set(layout.dims++, 1, 0, 0, 0);
+
+        args.classes = logits.size(class_dim);
+        args.rows = logits.numel() / args.classes;
+        args.row_dims = layout.dims;
+        std::copy_n(layout.sizes, layout.dims, args.row_sizes);
+        std::copy_n(layout.logits, layout.dims, args.logits_row_strides);
+        std::copy_n(layout.grad, layout.dims, args.grad_row_strides);
+        std::copy_n(layout.target, layout.dims, args.target_row_strides);
+
+        args.dtype = *kernel_dtype(logits.scalar_type());
+        args.logits = logits.const_data_ptr();
+        args.logits_class_stride = logits.stride(class_dim);
+        args.ignore_index = ignore_index;
+        args.label_smoothing = label_smoothing;
+        args.gradient_scale = 1.0;
+        if (probabilities) {
+            args.target_kind = TargetKind::probability;
+            args.target_dtype = *kernel_dtype(target.scalar_type());
+            args.target_probability = target.const_data_ptr();
+            args.target_class_stride = target.stride(class_dim);
+        } else {
+            args.target_kind =
+                label_smoothing > 0 ? TargetKind::smoothed_index : TargetKind::index;
+            args.target_index = target.const_data_ptr<std::int64_t>();
+        }
+        args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+        if (grad.defined()) {
+            args.grad = grad.mutable_data_ptr();
+            args.grad_class_stride = grad.stride(class_dim);
+        }
+    }
+};
+
+// ---- CPU: fixed chunks of rows, any number of threads ----
+
+// Calls f(chunk, first row, end row) for every chunk, in parallel where there is enough work.
+template <class F>
+void for_each_chunk(std::int64_t rows, std::int64_t chunk_rows, const F& f) {
+    constexpr std::int64_t kChunksPerTask = 4;
+    std::int64_t const chunks = (rows + chunk_rows - 1) / chunk_rows;
+    at::parallel_for(0, chunks, kChunksPerTask, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+            f(chunk, chunk * chunk_rows, std::min(rows, (chunk + 1) * chunk_rows));
+        }
+    });
+}
+
+// The sum of weights of the rows that count. Raises IndexError for a class index out of range.
+double scan_targets_cpu(const Args& args) {
+    constexpr std::int64_t kChunkRows = 16384;
+    c10::SmallVector<TargetScan, 8> scans((args.rows + kChunkRows - 1) / kChunkRows);
+    for_each_chunk(args.rows, kChunkRows, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+        scans[chunk] = cpu_kernels().scan_targets(args, begin, end);
+    });
+    double sum = 0;
+    for (const TargetScan& scan : scans) {
+        TORCH_CHECK_INDEX(scan.first_invalid < 0, "cross_entropy: target ",
+                          args.target_index[scan.first_invalid], " at row ", scan.first_invalid,
+                          " is out of bounds for ", args.classes,
+                          " classes (and is not ignore_index, ", args.ignore_index, ")");
+        sum += scan.weight_sum;
+    }
+    return sum;
+}
+
+void write_scalar(const Tensor& tensor, std::int64_t index, double value) {
+    dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        static_cast<T*>(tensor.mutable_data_ptr())[index] =
+            from_acc<T>(static_cast<acc_t<T>>(value));
+    });
+}
+
+double read_scalar(const Tensor& tensor, std::int64_t index) {
+    return dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) -> double {
+        using T = typename decltype(tag)::type;
+        return to_acc(static_cast<const T*>(tensor.const_data_ptr())[index]);
+    });
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tensor& target,
+                                               const OptionalTensor& weight, std::int64_t reduction_,
+                                               std::int64_t ignore_index, double label_smoothing,
+                                               at::ScalarType loss_dtype, bool with_grad,
+                                               bool with_stats) {
+    auto const reduction = static_cast<Reduction>(reduction_);
+    Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();
+    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    Args& args = kernel.args;
+
+    double row_weights = static_cast<double>(args.rows);
+    if (args.target_kind != TargetKind::probability) row_weights = scan_targets_cpu(args);
+    if (reduction == Reduction::mean) args.gradient_scale = 1.0 / row_weights;
+
+    Tensor const stats =
+        at::empty({with_stats ? 2 * args.rows + 1 : 0},
+                  logits.options().dtype(accumulate_type(logits.scalar_type())));
+    if (with_stats) {
+        args.row_stats = stats.mutable_data_ptr();
+        write_scalar(stats, 2 * args.rows, args.gradient_scale);
+    }
+    Tensor const loss =
+        at::empty(reduction == Reduction::none ? C10_AS_INTARRAYREF_SLOW(index_shape(logits))
+                                               : at::IntArrayRef(),
+                  logits.options().dtype(loss_dtype));
+    if (reduction == Reduction::none) {
+        args.loss_dtype = *kernel_dtype(loss_dtype);
+        args.row_losses = loss.mutable_data_ptr();
+    }
+
+    std::int64_t const chunk_rows = rows_per_chunk(args.rows, args.classes);
+    c10::SmallVector<double, 64> sums((args.rows + chunk_rows - 1) / chunk_rows);
+    for_each_chunk(args.rows, chunk_rows, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+        sums[chunk] = cpu_kernels().forward(args, begin, end);
+    });
+    if (reduction != Reduction::none) {
+        double total = 0;
+        for (double sum : sums) total += sum;
+        write_scalar(loss, 0, reduction == Reduction::mean ? total / row_weights : total);
+    }
+    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats};
+}
+
+Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                    const OptionalTensor& weight, std::int64_t ignore_index, double label_smoothing,
+                    const Tensor& stats) {
+    Tensor const grad = at::empty_like(logits);
+    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    Args& args = kernel.args;
+    Tensor const upstream =
+        grad_output.to(accumulate_type(logits.scalar_type())).contiguous();
+    args.grad_output = upstream.const_data_ptr();
+    args.grad_output_stride = upstream.numel() == 1 ? 0 : 1;
+    args.row_stats = stats.mutable_data_ptr();
+    args.gradient_scale = read_scalar(stats, 2 * args.rows);
+    for_each_chunk(args.rows, rows_per_chunk(args.rows, args.classes),
+                   [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+                       cpu_kernels().backward(args, begin, end);
+                   });
+    return grad;
+}
+
+// ---- Operators ----
+
+const auto& forward_op() {
+    static auto const op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fusedstep::cross_entropy_forward", "")
+                               .typed<decltype(forward_cpu)>();
+    return op;
+}
+
+const auto& backward_op() {
+    static auto const op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fusedstep::cross_entropy_backward", "")
+                               .typed<decltype(backward_cpu)>();
+    return op;
+}
+
+// ---- Autograd ----
+
+bool is_power_of_two(double value) {
+    int exponent = 0;
+    return std::abs(std::frexp(value, &exponent)) == 0.5;
+}
+
+struct CrossEntropyBackward0 final : torch::autograd::Node {
+    SavedVariable logits;
+    SavedVariable target;
+    SavedVariable weight;
+    bool has_weight = false;
+    std::int64_t reduction = 0;
+    std::int64_t ignore_index = 0;
+    double label_smoothing = 0;
+    at::ScalarType loss_dtype = at::kFloat;
+    bool symbolic = false;
+    Tensor grad;   // of a loss with grad_output 1; empty where it is recomputed
+    Tensor stats;  // what a recompute needs; empty where none can happen
+
+    std::string name() const override { return "CrossEntropyBackward0"; }
+
+    void release_variables() override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        logits.reset_data();
+        target.reset_data();
+        weight.reset_data();
+        grad = Tensor();
+        stats = Tensor();
+        released_ = true;
+    }
+
+    variable_list apply(variable_list&& grad_outputs) override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+        const Tensor& grad_output = grad_outputs[0];
+        if (!grad_output.defined() || !task_should_compute_output(0)) return {Tensor()};
+        if (c10::GradMode::is_enabled()) return {differentiable(grad_output)};
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return {grad.numel() > 0 || stats.numel() == 0 ? scaled(grad_output)
+                                                       : recomputed(grad_output)};
+    }
+
+private:
+    bool released_ = false;
+
+    OptionalTensor unpacked_weight() const {
+        return has_weight ? OptionalTensor(weight.unpack()) : std::nullopt;
+    }
+
+    // The gradient of the forward pass, times grad_output. What is saved is handed over only when
+    // this graph is about to be freed, and never written otherwise: a second backward must find it.
+    Tensor scaled(const Tensor& grad_output) {
+        if (symbolic || is_symbolic(grad_output) || is_wrapped(grad_output) || in_functorch() ||
+            in_dispatch_mode()) {
+            return at::mul(grad, grad_output).to(grad.scalar_type());
+        }
+        double const factor = read_scalar(grad_output, 0);
+        bool const keep = torch::autograd::get_current_graph_task_keep_graph();
+        if (factor == 1.0) return keep ? grad.clone() : std::move(grad);
+        if (stats.numel() > 0 && !is_power_of_two(factor)) return recomputed(grad_output);
+        return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
+    }
+
+    Tensor recomputed(const Tensor& grad_output) {
+        return backward_op().call(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
+                                  ignore_index, label_smoothing, stats);
+    }
+
+    // The same gradient as a differentiable function of logits and grad_output: torch's own ops.
+    Tensor differentiable(const Tensor& grad_output) {
+        Tensor const x = logits.unpack();
+        OptionalTensor w = unpacked_weight();
+        if (w) w = w->to(loss_dtype);
+        Tensor const loss = at::cross_entropy_loss(x.to(loss_dtype), target.unpack(), w, reduction,
+                                                   ignore_index, label_smoothing);
+        return torch::autograd::grad({loss}, {x}, {grad_output}, /*retain_graph=*/true,
+                                     /*create_graph=*/true)[0];
+    }
+};
+
+Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+             std::int64_t reduction, std::int64_t ignore_index, double label_smoothing,
+             at::ScalarType loss_dtype) {
+    bool const with_grad = c10::GradMode::is_enabled() && logits.requires_grad();
+    bool const symbolic = is_symbolic(logits) || in_dispatch_mode();
+    at::ScalarType const type = logits.scalar_type();
+    bool const narrow = type == at::kBFloat16 || type == at::kHalf;
+    // A traced backward cannot look at grad_output, so 16-bit gradients are recomputed there.
+    bool const grad_in_forward = with_grad && type != at::kHalf && !(symbolic && narrow) &&
+                                 static_cast<Reduction>(reduction) != Reduction::none;
+    bool const with_stats = with_grad && (narrow || !grad_in_forward);
+
+    auto [loss, grad, stats] = [&] {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return forward_op().call(logits, target, weight, reduction, ignore_index, label_smoothing,
+                                 loss_dtype, grad_in_forward, with_stats);
+    }();
+    if (with_grad) {
+        auto node = make_node<CrossEntropyBackward0>();
+        node->set_next_edges(torch::autograd::collect_next_edges(logits));
+        node->logits = SavedVariable(logits, /*is_output=*/false);
+        node->target = SavedVariable(target, /*is_output=*/false);
+        node->has_weight = is_given(weight);
+        if (node->has_weight) node->weight = SavedVariable(*weight, /*is_output=*/false);
+        node->reduction = reduction;
+        node->ignore_index = ignore_index;
+        node->label_smoothing = label_smoothing;
+        node->loss_dtype = loss_dtype;
+        node->symbolic = symbolic;
+        node->grad = std::move(grad);
+        node->stats = std::move(stats);
+        torch::autograd::set_history(loss, node);
+    }
+    return loss;
+}
+
+Tensor cross_entropy_op(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                        std::int64_t reduction, std::int64_t ignore_index, double label_smoothing) {
+    auto const loss_dtype =
+        covered_loss_type(logits, target, weight, reduction, ignore_index, label_smoothing);
+    return loss_dtype ? fused(logits, target, weight, reduction, ignore_index, label_smoothing,
+                              *loss_dtype)
+                      : at::cross_entropy_loss(logits, target, weight, reduction, ignore_index,
+                                               label_smoothing);
+}
+
+}  // namespace
+
+OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                             std::int64_t reduction, std::int64_t ignore_index,
+                             double label_smoothing) {
+    auto const loss_dtype =
+        covered_loss_type(logits, target, weight, reduction, ignore_index, label_smoothing);
+    if (!loss_dtype) return std::nullopt;
+    return fused(logits, target, weight, reduction, ignore_index, label_smoothing, *loss_dtype);
+}
+
+const std::type_info& backward_node_type() { return typeid(CrossEntropyBackward0); }
+
+TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
+    m.set_python_module("fusedstep.fakes");
+    m.def(
+        "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
+        "int ignore_index=-100, float label_smoothing=0.0) -> Tensor",
+        cross_entropy_op);
+    m.def(
+        "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
+        "int ignore_index, float label_smoothing, ScalarType loss_dtype, bool with_grad, "
+        "bool with_stats) -> (Tensor loss, Tensor grad, Tensor stats)");
+    m.def(
+        "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+        "int ignore_index, float label_smoothing, Tensor stats) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fusedstep, CPU, m) {
+    m.impl("cross_entropy_forward", forward_cpu);
+    m.impl("cross_entropy_backward", backward_cpu);
+}
+
+TORCH_LIBRARY_IMPL(fusedstep, Autograd, m) {
+    m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());
+    m.impl("cross_entropy_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace fusedstep::cross_entropy

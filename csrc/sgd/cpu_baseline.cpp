@@ -1,0 +1,2 @@
+#include "core/level_baseline.h"
+#include "sgd/cpu_update.h"

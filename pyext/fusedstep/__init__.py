@@ -1,0 +1,17 @@
+"""The training step around a network, fused: loss forward, loss backward, SGD update.
+
+``CrossEntropyLoss`` and ``SGD`` are drop-ins for torch's classes of the same names.
+"""
+
+from fusedstep._compatibility import check_torch as _check_torch
+
+__version__ = "0.1.0"
+
+_check_torch()
+
+from fusedstep import fakes as _fakes  # noqa: E402, F401
+from fusedstep import functional, nn, optim  # noqa: E402
+from fusedstep.nn import CrossEntropyLoss  # noqa: E402
+from fusedstep.optim import SGD  # noqa: E402
+
+__all__ = ["SGD", "CrossEntropyLoss", "functional", "nn", "optim"]

@@ -1,0 +1,39 @@
+"""Loads the compiled core, or says in one sentence why this torch can not have it."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """``"2.13.0+cpu"`` to ``("2", "13")``: torch keeps its C++ interface within a minor release."""
+    return tuple(version.split("+")[0].split(".")[:2])
+
+
+def check_torch() -> None:
+    """Import ``fusedstep._C``.
+
+    Raises:
+        ImportError: fusedstep is not built, or was built for another torch; the message says which,
+            and the command that mends it.
+    """
+    mend = "pip install --no-build-isolation --force-reinstall --no-deps <path to fusedstep>"
+    try:
+        build_info = importlib.import_module("fusedstep._build_info")
+    except ImportError as error:
+        raise ImportError(f"fusedstep is not built. Build it with: {mend}") from error
+    built_for: str = build_info.torch_version
+    mismatch = (
+        f"fusedstep was built for torch {built_for}, but torch {torch.__version__} is installed. "
+        f"Rebuild it with: {mend}"
+    )
+    if _release(built_for) != _release(torch.__version__):
+        raise ImportError(mismatch)
+    try:
+        importlib.import_module("fusedstep._C")
+    except ImportError as error:
+        if "undefined symbol" in str(error):
+            raise ImportError(mismatch) from error
+        raise

@@ -1,0 +1,41 @@
+"""What each operator returns, by shape and dtype alone: for tracing, export and meta tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.register_fake("fusedstep::cross_entropy_forward")
+def _cross_entropy_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    loss_dtype: torch.dtype,
+    with_grad: bool,
+    with_stats: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    rows_shape = input.shape[1:] if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
+    loss = input.new_empty(rows_shape if reduction == 0 else (), dtype=loss_dtype)
+    grad = torch.empty_like(input) if with_grad else input.new_empty(0)
+    compute = torch.float64 if input.dtype == torch.float64 else torch.float32
+    rows = input.numel() // classes
+    stats = input.new_empty(2 * rows + 1 if with_stats else 0, dtype=compute)
+    return loss, grad, stats
+
+
+@torch.library.register_fake("fusedstep::cross_entropy_backward")
+def _cross_entropy_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    stats: Tensor,
+) -> Tensor:
+    return torch.empty_like(input)

@@ -1,0 +1,179 @@
+"""Optimizers: subclasses of torch's own, one call into the compiled core per step."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.compiler import is_dynamo_compiling
+from torch.optim.optimizer import (
+    Optimizer,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+from torch.optim.sgd import sgd
+
+from fusedstep import _C
+
+__all__ = ["SGD"]
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+
+_HYPERPARAMETERS = {
+    "lr": "learning rate",
+    "momentum": "momentum value",
+    "dampening": "dampening value",
+    "weight_decay": "weight_decay value",
+}
+
+
+# torch's step without the hooks that Optimizer wraps around it when the first instance is made.
+_torch_step: Callable[..., Any] = torch.optim.SGD.step
+if getattr(_torch_step, "hooked", False):
+    _torch_step = _torch_step.__wrapped__  # type: ignore[attr-defined]
+
+
+def _profile_hook_step(step: _Step) -> _Step:
+    """Do what :meth:`Optimizer.profile_hook_step` does, at no cost while nobody listens.
+
+    Where the step is traced by ``torch.compile``, torch's own, which is made for it, stands in.
+    """
+    profiled = Optimizer.profile_hook_step(step)
+    traced = Optimizer.profile_hook_step(_torch_step)
+    untraced = torch._disable_dynamo(profiled)
+
+    @functools.wraps(step)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        optimizer = args[0]
+        if is_dynamo_compiling():
+            if any(group["fused"] for group in optimizer.param_groups):
+                return untraced(*args, **kwargs)
+            return traced(*args, **kwargs)
+        if (
+            optimizer._optimizer_step_pre_hooks
+            or optimizer._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
+        ) and type(optimizer).step is wrapper:  # else torch has wrapped the subclass's own step
+            return profiled(*args, **kwargs)
+        return step(*args, **kwargs)
+
+    wrapper.hooked = True  # type: ignore[attr-defined]  # tells Optimizer not to wrap it again
+    return wrapper  # type: ignore[return-value]
+
+
+class SGD(torch.optim.SGD):
+    r"""Drop-in for :class:`torch.optim.SGD`: stochastic gradient descent, optionally with momentum.
+
+    For a parameter :math:`p` with gradient :math:`g` and momentum buffer :math:`b`, a step is
+
+    .. math::
+        g &\leftarrow -g && \text{(maximize)} \\
+        g &\leftarrow g + \lambda p && \text{(weight decay } \lambda) \\
+        b &\leftarrow \mu b + (1 - \tau) g && \text{(momentum } \mu \text{, dampening } \tau) \\
+        g &\leftarrow g + \mu b \text{ (nesterov) or } b && \\
+        p &\leftarrow p - \gamma g && \text{(learning rate } \gamma)
+
+    where the first step of a parameter takes :math:`b \leftarrow g`. The formula is the variant of
+    Sutskever et al. (2013) that torch documents. float32 and float64 parameters end in the same
+    bits as with ``torch.optim.SGD(foreach=False)``; bfloat16 and float16 ones are computed in
+    float32 and rounded once, as their momentum buffers are. The number of threads changes nothing.
+
+    Constructor, parameter groups, ``state_dict``, hooks and the protocol of
+    :class:`torch.amp.GradScaler` are torch's, and a checkpoint moves both ways. ``foreach`` and
+    ``fused`` are accepted and kept: on what the kernels cover, every step is fused.
+
+    Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU,
+    in any mix, with gradients and momentum buffers of the same dtype. Parameters outside that
+    (other devices, sparse gradients, complex numbers, strided views, tensor subclasses), or
+    ``differentiable=True``, are updated in the same call by torch's own functions.
+
+    Raises:
+        ValueError: A hyperparameter is out of range or not finite, in the constructor, in
+            ``add_param_group`` or in ``step``; or there are no parameters.
+        RuntimeError: The shape of a gradient or of a momentum buffer does not fit its parameter.
+
+    An error in ``step`` leaves parameters, gradients and state as they were.
+    """
+
+    # Asks GradScaler to hand over its scale instead of unscaling gradients in a pass of its own.
+    _step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does."""
+        if isinstance(param_group, dict):
+            for key, name in _HYPERPARAMETERS.items():
+                value = param_group.get(key, self.defaults[key])
+                if not math.isfinite(value.item() if isinstance(value, Tensor) else value):
+                    raise ValueError(f"Invalid {name}: {value}")
+        super().add_param_group(param_group)
+
+    @_profile_hook_step
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        if found_inf is not None and found_inf:
+            return loss
+        grad_scale: Tensor | None = self.__dict__.get("grad_scale")
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        if self.defaults["differentiable"]:
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                self._step_by_torch(group, params, scale)
+        else:
+            for group, params in _C.sgd_step(self.param_groups, self.state, scale):
+                self._step_by_torch(group, params, scale)
+        return loss
+
+    def _step_by_torch(self, group: dict[str, Any], params: list[Tensor], scale: float) -> None:
+        """Update those parameters of a group that the kernels do not cover."""
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        with torch.no_grad():
+            for grad in grads if scale != 1.0 else []:
+                grad.div_(scale)
+        has_momentum = group["momentum"] != 0
+        buffers: list[Tensor | None] = [
+            self.state[p].get("momentum_buffer") if has_momentum else None for p in params
+        ]
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            sgd(
+                params,
+                grads,
+                buffers,
+                has_sparse_grad=any(grad.is_sparse for grad in grads),
+                foreach=group["foreach"],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+        if has_momentum:
+            for param, buffer in zip(params, buffers, strict=True):
+                self.state[param]["momentum_buffer"] = buffer
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set the gradient of every parameter to None, or to zero where ``set_to_none`` is False."""
+        if set_to_none and not is_dynamo_compiling() and not _profiler_enabled():
+            _C.sgd_zero_grad(self.param_groups)
+        else:
+            super().zero_grad(set_to_none)
+

@@ -1,0 +1,127 @@
+"""Float64 references, written from the definitions in torch's documentation.
+
+They favour one formula over speed and know nothing of layouts, blocks or reduced precision, so a
+disagreement is settled by reading this page.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class CrossEntropy:
+    """A loss, its gradients, and the scale on which each value's rounding error is measured.
+
+    The loss and the gradient are sums of terms that may cancel. `loss_scale` and `grad_scale` are
+    the same sums over absolute values: an error of one unit in the last place of every term is
+    about `eps * scale`, however small the result. An error divided by its scale is therefore a
+    number of roundings, comparable across elements, shapes and reductions.
+    """
+
+    loss: Tensor
+    loss_scale: Tensor
+    grad: Tensor
+    grad_scale: Tensor
+    target_grad: Tensor | None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    grad_output: Tensor | float = 1.0,
+) -> CrossEntropy:
+    """Each row's loss is `-sum_c w_c q_c log p_c`, p the softmax, q the smoothed target.
+
+    An ignored row has no loss and no gradient. The mean divides by the weights of the targets of
+    the rows that count (class indices) or by the number of rows (class probabilities).
+    """
+    class_dim = 0 if logits.dim() == 1 else 1
+    is_probability = target.shape == logits.shape
+    rows_shape = [size for dim, size in enumerate(logits.shape) if dim != class_dim]
+    classes = logits.shape[class_dim]
+
+    def as_rows(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().movedim(class_dim, -1).reshape(-1, classes)
+
+    def as_given(rows: Tensor) -> Tensor:
+        return rows.reshape([*rows_shape, classes]).movedim(-1, class_dim)
+
+    x = as_rows(logits)
+    w = torch.ones_like(x[:1]) if weight is None else weight.detach().double().reshape(1, -1)
+    if is_probability:
+        counts = torch.ones_like(x[:, 0], dtype=torch.bool)
+        hard = as_rows(target)
+        denominator: float | Tensor = float(len(x))
+    else:
+        index = target.detach().reshape(-1).long()
+        counts = index != ignore_index
+        index = torch.where(counts, index, 0)
+        hard = torch.zeros_like(x).scatter_(1, index[:, None], 1.0)
+        denominator = (w.expand_as(x).gather(1, index[:, None])[:, 0] * counts).sum()
+    wq = w * (hard * (1 - label_smoothing) + label_smoothing / classes) * counts[:, None]
+
+    shifted = x - x.amax(1, keepdim=True)
+    log_sum = shifted.exp().sum(1, keepdim=True).log()
+    log_p = shifted - log_sum
+    p = log_p.exp()
+
+    def weigh(terms: Tensor) -> Tensor:
+        return torch.where(wq == 0, 0.0, wq * terms).sum(1)
+
+    row_loss = weigh(-log_p)
+    row_scale = weigh(shifted.abs() + log_sum + 1).abs()
+
+    reduced = {"none": lambda rows: rows.reshape(rows_shape), "sum": torch.sum}
+    reduced["mean"] = lambda rows: rows.sum() / denominator
+    g = torch.as_tensor(grad_output, dtype=torch.float64, device=x.device)
+    g = g.reshape(-1, 1) if reduction == "none" and g.dim() else g.reshape(1, 1)
+    if reduction == "mean":
+        g = g / denominator
+
+    ignored = ~counts[:, None]
+    mass = wq.sum(1, keepdim=True)
+    grad = (g * (p * mass - wq)).masked_fill(ignored, 0.0)
+    grad_scale = (g * (p * mass.abs() + wq.abs())).abs().masked_fill(ignored, 0.0)
+    target_grad = as_given(-g * w * (1 - label_smoothing) * log_p) if is_probability else None
+    return CrossEntropy(
+        reduced[reduction](row_loss),
+        reduced[reduction](row_scale),
+        as_given(grad),
+        as_given(grad_scale),
+        target_grad,
+    )
+
+
+def sgd_step(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    **_: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The new parameter and momentum buffer, in float64; the first buffer is the gradient."""
+    param, grad = param.detach().double(), grad.detach().double()
+    step = (-grad if maximize else grad) + weight_decay * param
+    if momentum != 0:
+        if momentum_buffer is None:
+            momentum_buffer = step
+        else:
+            momentum_buffer = momentum * momentum_buffer.double() + (1 - dampening) * step
+        step = step + momentum * momentum_buffer if nesterov else momentum_buffer
+    return param - lr * step, momentum_buffer

@@ -1,0 +1,1660 @@
+"""CrossEntropyLoss and functional.cross_entropy against a float64 reference and against torch."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import math
+import pickle
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as native
+from torch import Tensor, nn
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+import fusedstep
+import fusedstep.functional as F
+import reference
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+DTYPES = (F32, F64, BF16, F16)
+REDUCTIONS = ("none", "mean", "sum")
+identical = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """Fill what torch allocates uninitialised with NaN, so that an unwritten output shows.
+
+    The public switch, torch.use_deterministic_algorithms, imports the compiler first: seconds.
+    """
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch._C._set_deterministic_algorithms(False)
+
+
+# ------------------------------------------------------------------ inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: what is asked for, and how its tensors lie in memory."""
+
+    dtype: torch.dtype = F32
+    shape: tuple[int, ...] = (5, 7)
+    reduction: str = "mean"
+    weighted: bool = False
+    smoothing: float = 0.0
+    ignore_index: int = -100
+    target: str = "long"
+    layout: str = "contiguous"
+    target_layout: str = "contiguous"
+    grad_output: str = "random"
+
+    def __str__(self) -> str:
+        default = Case()
+        differing = (
+            str(value).removeprefix("torch.").replace(" ", "")
+            if name in ("dtype", "shape", "reduction", "target", "layout", "grad_output")
+            else f"{name}={value}"
+            for name, value in vars(self).items()
+            if name in ("dtype", "shape", "reduction") or value != getattr(default, name)
+        )
+        return "-".join(differing)
+
+    @property
+    def class_dim(self) -> int:
+        return min(len(self.shape) - 1, 1)
+
+    @property
+    def classes(self) -> int:
+        return self.shape[self.class_dim]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        return self.shape[: self.class_dim] + self.shape[self.class_dim + 1 :]
+
+    @property
+    def has_probabilities(self) -> bool:
+        return self.target in ("probabilities", "any floats")
+
+    @property
+    def torch_refuses(self) -> bool:
+        """Byte targets are accepted by torch only without spatial dimensions, and never by the
+        smoothed, weighted mean; probabilities allow no ignore_index of their own."""
+        if self.target == "uint8":
+            smoothed_weighted_mean = self.smoothing and self.weighted and self.reduction == "mean"
+            return len(self.shape) > 2 or bool(smoothed_weighted_mean)
+        return self.has_probabilities and self.ignore_index >= 0
+
+
+def place(
+    values: Tensor,
+    order: Sequence[int] | None = None,
+    steps: Mapping[int, int] | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """The values in a buffer of their own: dimensions in `order` from outermost to innermost,
+    every `steps[dim]`-th element used, `offset` elements in front. The rest is garbage that shows
+    when it is read (NaN, or a class out of range)."""
+    strides, extent = [0] * values.dim(), 1
+    for dim in reversed(order if order is not None else range(values.dim())):
+        strides[dim] = extent * (steps or {}).get(dim, 1)
+        extent = strides[dim] * max(values.shape[dim], 1)
+    garbage = math.nan if values.is_floating_point() else torch.iinfo(values.dtype).max
+    buffer = torch.full((offset + extent + 1,), garbage, dtype=values.dtype, device=values.device)
+    return buffer.as_strided(values.shape, strides, offset).copy_(values)
+
+
+def _rows(values: Tensor, class_dim: int) -> list[int]:
+    return [dim for dim in range(values.dim()) if dim != class_dim]
+
+
+def _class(values: Tensor, class_dim: int) -> list[int]:
+    return [dim for dim in range(values.dim()) if dim == class_dim]
+
+
+def _expand(values: Tensor, dims: Sequence[int]) -> Tensor:
+    single = values
+    for dim in dims:
+        single = single.narrow(dim, 0, min(single.shape[dim], 1))
+    return place(single).expand(values.shape)
+
+
+# Each takes dense values and the class dimension; an index target has none, given as -1.
+LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "contiguous": lambda v, c: place(v),
+    "channels_last": lambda v, c: place(v, order=_rows(v, c) + _class(v, c)),
+    "transposed": lambda v, c: place(v, order=range(v.dim())[::-1]),
+    "class step": lambda v, c: place(v, steps=dict.fromkeys(_class(v, c), 3)),
+    "row step": lambda v, c: place(v, steps=dict.fromkeys(_rows(v, c), 2)),
+    "unaligned": lambda v, c: place(v, offset=1),
+    "unaligned transposed": lambda v, c: place(v, order=range(v.dim())[::-1], offset=3),
+    "expanded rows": lambda v, c: _expand(v, _rows(v, c)),
+    "expanded classes": lambda v, c: _expand(v, _class(v, c)),
+}
+
+
+def whole_storage(tensor: Tensor) -> Tensor:
+    """Every byte of the buffer behind a view."""
+    return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+@dataclass
+class Inputs:
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    grad_output: Tensor
+    options: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same numbers, stored otherwise."""
+
+        def cast(tensor: Tensor | None) -> Any:
+            return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+        return Inputs(
+            cast(self.logits),
+            cast(self.target),
+            cast(self.weight),
+            cast(self.grad_output),
+            self.options,
+        )
+
+    def call(self, function: Callable[..., Tensor], logits: Tensor | None = None) -> Tensor:
+        logits = self.logits if logits is None else logits
+        return function(logits, self.target, weight=self.weight, **self.options)
+
+    def loss_and_grad(self, function: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+        logits = self.logits.detach().requires_grad_()
+        loss = self.call(function, logits)
+        (grad,) = torch.autograd.grad(loss, logits, self.grad_output.to(loss.dtype))
+        return loss.detach(), grad
+
+
+def draw(case: Case, device: str) -> Inputs:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=F64, device=device)
+
+    logits = LAYOUTS[case.layout]((3 * normal(*case.shape)).to(case.dtype), case.class_dim)
+
+    if case.target == "probabilities":
+        target = normal(*case.shape).softmax(case.class_dim).to(case.dtype)
+    elif case.target == "any floats":
+        target = normal(*case.shape).to(case.dtype)
+    else:
+        dtype = {"long": torch.int64, "uint8": torch.uint8}[case.target]
+        target = torch.randint(case.classes, case.row_shape, device=device).to(dtype)
+        if torch.iinfo(dtype).min <= case.ignore_index <= torch.iinfo(dtype).max:
+            ignored = torch.rand(case.row_shape, device=device) < 0.3
+            target = target.masked_fill(ignored & ~ignored.all(), case.ignore_index)
+    class_dim = case.class_dim if case.has_probabilities else -1
+    target = LAYOUTS[case.target_layout](target, class_dim)
+
+    weight = None
+    if case.weighted:
+        weight = (0.25 + torch.rand(case.classes, dtype=F64, device=device)).to(case.dtype)
+        weight[-1] *= not target.eq(case.classes - 1).all()  # a class may well weigh nothing
+
+    shape = case.row_shape if case.reduction == "none" else ()
+    grad_output = {
+        "random": lambda: normal(*shape),
+        "zero": lambda: torch.zeros(shape, dtype=F64, device=device),
+        "negative": lambda: -1 - normal(*shape).abs(),
+        "expanded": lambda: normal().expand(shape),
+        "strided": lambda: normal(*shape, 2)[..., 0],
+    }[case.grad_output]()
+    if case.grad_output != "expanded":
+        grad_output = grad_output.to(case.dtype)
+    else:
+        grad_output = grad_output.flatten()[:1].to(case.dtype).reshape(()).expand(shape)
+    options = {
+        "ignore_index": case.ignore_index,
+        "reduction": case.reduction,
+        "label_smoothing": case.smoothing,
+    }
+    return Inputs(logits, target, weight, grad_output, options)
+
+
+# ------------------------------------------------------------------ the comparison
+
+# float64 is computed in float64, all else in float32; 16-bit results are rounded once, at the end.
+COMPUTE = {F64: F64, F32: F32, BF16: F32, F16: F32}
+
+
+def slack(dtype: torch.dtype) -> float:
+    """How far beyond torch's error ours may lie, relative to the scale of the terms.
+
+    Torch happens to be exact on some inputs, where any other order of operations is not. Four
+    units in the last place of the arithmetic pay for an exp within one unit and three further
+    roundings (shift, product, quotient); the reference itself is that inexact for float64, which
+    doubles them. Storing 16 bits costs half a unit of the storage.
+    """
+    compute = torch.finfo(COMPUTE[dtype]).eps * (8 if dtype is F64 else 4)
+    return compute + (0.5 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0)
+
+
+def smallest_step(dtype: torch.dtype) -> float:
+    """Below this, results may vanish: half of float16's spacing near zero, which gradients do
+    reach; elsewhere the smallest normal number, since exponentials may flush what is under it."""
+    info = torch.finfo(dtype)
+    return 0.5 * info.smallest_normal * info.eps if dtype is F16 else info.smallest_normal
+
+
+def error(actual: Tensor, expected: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
+    """The largest error, in multiples of the scale; infinite where only one side is finite."""
+    if actual.shape != expected.shape:
+        return math.inf
+    actual = actual.double()
+    agree = (actual == expected) | (actual.isnan() & expected.isnan())
+    excess = ((actual - expected).abs() - smallest_step(dtype)).clamp(min=0) / scale
+    excess = torch.where(agree | (excess == 0), 0.0, excess).nan_to_num(math.inf)
+    return excess.max().item() if excess.numel() else 0.0
+
+
+def check(case: Case, device: str) -> None:
+    """No less accurate than torch on the same input; inputs untouched; torch's dtypes, shapes and
+    strides. Torch is asked twice for 16-bit types: as it is, and in float32 on the same numbers,
+    because computing in 16 bits is no standard to hold on to."""
+    inputs = draw(case, device)
+    expected = reference.cross_entropy(
+        inputs.logits,
+        inputs.target,
+        inputs.weight,
+        grad_output=inputs.grad_output,
+        **inputs.options,
+    )
+    tensors = [t for t in (inputs.logits, inputs.target, inputs.weight) if t is not None]
+    before = [whole_storage(t).clone() for t in tensors]
+    loss, grad = inputs.loss_and_grad(F.cross_entropy)
+    for tensor, bytes_before in zip(tensors, before, strict=True):
+        assert torch.equal(whole_storage(tensor), bytes_before), f"{case}: an input was modified"
+
+    peer = replace(inputs, target=inputs.target.long()) if case.target == "uint8" else inputs
+    peers = [peer.loss_and_grad(native.cross_entropy)]
+    if COMPUTE[case.dtype] != case.dtype:
+        peers.append(peer.to(COMPUTE[case.dtype]).loss_and_grad(native.cross_entropy))
+    assert (loss.dtype, loss.shape) == (peers[0][0].dtype, peers[0][0].shape), case
+    assert (grad.dtype, grad.shape) == (case.dtype, inputs.logits.shape), case
+    assert grad.stride() == torch.empty_like(inputs.logits).stride(), case
+
+    for name, ours, theirs, truth, scale in (
+        ("loss", loss, [p[0] for p in peers], expected.loss, expected.loss_scale),
+        ("gradient", grad, [p[1] for p in peers], expected.grad, expected.grad_scale),
+    ):
+        limit = min(error(t, truth, scale, case.dtype) for t in theirs) + slack(case.dtype)
+        actual = error(ours, truth, scale, case.dtype)
+        assert actual <= limit, f"{case}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
+
+
+def pairwise(axes: Mapping[str, Sequence[Any]], seed: int) -> list[dict[str, Any]]:
+    """Rows in which every value of every axis meets every value of every other axis."""
+
+    def pairs(row: dict[str, Any]) -> set[Any]:
+        return set(itertools.combinations(row.items(), 2))
+
+    rng = random.Random(seed)
+    names = list(axes)
+    missing = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(axes[a], axes[b])
+    }
+    rows = []
+    while missing:
+        forced = dict(rng.choice(sorted(missing, key=repr)))
+        candidates = [
+            {name: forced.get(name, rng.choice(axes[name])) for name in names} for _ in range(30)
+        ]
+
+        best = max(candidates, key=lambda row: len(missing & pairs(row)))
+        missing -= pairs(best)
+        rows.append(best)
+    return rows
+
+
+# ------------------------------------------------------------------ the reference itself
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("target", ["long", "probabilities", "any floats"])
+def test_reference_agrees_with_torch_in_float64(target: str, reduction: str) -> None:
+    for shape, weighted, smoothing in itertools.product(
+        [(7,), (5, 7), (3, 7, 4), (2, 5, 2, 3, 2)], [False, True], [0.0, 0.1, 1.0]
+    ):
+        inputs = draw(Case(F64, shape, reduction, weighted, smoothing, target=target), "cpu")
+        logits = inputs.logits.clone().requires_grad_()
+        target_leaf = inputs.target.clone()
+        leaves = [logits]
+        if target_leaf.is_floating_point():
+            leaves.append(target_leaf.requires_grad_())
+        loss = replace(inputs, target=target_leaf).call(native.cross_entropy, logits)
+        grads = torch.autograd.grad(loss, leaves, inputs.grad_output)
+        ours = reference.cross_entropy(
+            inputs.logits,
+            inputs.target,
+            inputs.weight,
+            grad_output=inputs.grad_output,
+            **inputs.options,
+        )
+        result = [ours.loss, ours.grad, ours.target_grad][: 1 + len(leaves)]
+        torch.testing.assert_close(result, [loss.detach(), *grads], rtol=1e-12, atol=1e-13)
+
+
+def test_reference_on_worked_numbers() -> None:
+    logits, target = torch.tensor([[0.1, 0.2, 0.3]], dtype=F64), torch.tensor([1])
+    total = math.exp(0.1) + math.exp(0.2) + math.exp(0.3)
+    result = reference.cross_entropy(logits, target)
+    assert result.loss.item() == pytest.approx(-0.2 + math.log(total), rel=1e-14)
+    assert result.loss.item() == pytest.approx(1.1019, abs=5e-5)
+    expected = [math.exp(x) / total - (i == 1) for i, x in enumerate((0.1, 0.2, 0.3))]
+    assert result.grad[0].tolist() == pytest.approx(expected, rel=1e-13)
+
+    # Two classes with equal logits: every row costs log 2 times its weight.
+    logits, target = torch.zeros(3, 2, dtype=F64), torch.tensor([0, 1, -100])
+    weight = torch.tensor([1.0, 3.0], dtype=F64)
+    rows = reference.cross_entropy(logits, target, weight, reduction="none")
+    assert rows.loss.tolist() == pytest.approx([math.log(2), 3 * math.log(2), 0.0])
+    mean = reference.cross_entropy(logits, target, weight)
+    assert mean.loss.item() == pytest.approx(math.log(2))
+    assert mean.grad.tolist() == [[-0.125, 0.125], [0.375, -0.375], [0.0, 0.0]]
+
+
+# ------------------------------------------------------------------ right numbers
+
+
+SHAPES = ((7,), (5, 7), (3, 7, 4), (2, 7, 3, 5), (2, 5, 2, 3, 2))
+IGNORED = (-100, -7, 1, 200)  # the default, another negative, a real class, none of the classes
+SEMANTICS = [
+    case
+    for axes in itertools.product(
+        DTYPES, SHAPES, REDUCTIONS, (False, True), (0.0, 0.1), IGNORED,
+        ("long", "uint8", "probabilities"),
+    )
+    if not (case := Case(*axes)).torch_refuses
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SEMANTICS, ids=str)
+def test_every_combination_of_options(case: Case, device: str) -> None:
+    check(case, device)
+
+
+MEMORY = [
+    case
+    for seed in range(3)
+    for row in pairwise(
+        {
+            "dtype": DTYPES,
+            "shape": [(19,), (6, 19), (3, 19, 18), (2, 21, 5, 17), (2, 5, 3, 4, 9)],
+            "reduction": REDUCTIONS,
+            "weighted": (False, True),
+            "smoothing": (0.0, 0.1, 1.0),
+            "ignore_index": IGNORED,
+            "target": ("long", "uint8", "probabilities", "any floats"),
+            "layout": tuple(LAYOUTS),
+            "target_layout": tuple(LAYOUTS),
+            "grad_output": ("random", "zero", "negative", "expanded", "strided"),
+        },
+        seed,
+    )
+    if not (case := Case(**row)).torch_refuses
+]
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("case", dict.fromkeys(MEMORY), ids=str)
+def test_every_pair_of_options_and_memory_layouts(case: Case, device: str) -> None:
+    check(case, device)
+
+
+ARRANGEMENTS: tuple[Callable[[int, int], dict[str, Any]], ...] = (
+    lambda n, c: {"shape": (n, c)},
+    lambda n, c: {"shape": (n, c), "layout": "transposed"},
+    lambda n, c: {"shape": (n, c), "layout": "unaligned"},
+    lambda n, c: {"shape": (2, c, n)},
+    lambda n, c: {"shape": (1, c, n, 2), "layout": "unaligned"},
+    lambda n, c: {"shape": (1, c, 2, n), "layout": "channels_last"},
+)
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("classes", range(1, 71))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_class_count_across_vector_widths(
+    dtype: torch.dtype, classes: int, device: str, seed: int
+) -> None:
+    rng = random.Random(seed)
+    for arrangement in ARRANGEMENTS:
+        rows = rng.choice([1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, rng.randint(1, 40)])
+        target = rng.choice(["long", "long", "probabilities"])
+        options: dict[str, Any] = {
+            "smoothing": rng.choice([0.0, 0.1]),
+            "weighted": rng.random() < 0.3,
+        }
+        reduction = rng.choice(REDUCTIONS)
+        options |= arrangement(rows, classes)
+        check(Case(dtype, reduction=reduction, target=target, **options), device)
+
+
+BORDERS = [
+    *itertools.product((1, 3, 18), (127, 128, 129, 255, 256, 257, 1000, 1023, 1024, 1025)),
+    *itertools.product((1, 5), (4095, 4096, 4097, 32000)),
+    *itertools.product((1, 2), (128256,)),
+    *itertools.product((511, 512, 513, 4095, 4096, 4097), (2, 3, 10, 16, 17, 100)),
+    (257, 1000),
+]
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("rows, classes", BORDERS)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_sizes_at_chunk_borders(dtype: torch.dtype, rows: int, classes: int, device: str) -> None:
+    check(Case(dtype, (rows, classes)), device)
+
+
+@pytest.mark.parametrize("target", ["long", "probabilities"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_inputs_in_every_dtype(
+    dtype: torch.dtype, layout: str, target: str, device: str
+) -> None:
+    for shape in [(3, 4097), (1030, 37), (2, 21, 65, 67), (2, 1, 33, 65), (4097, 1)]:
+        for reduction in ("none", "mean"):
+            case = Case(dtype, shape, reduction, True, 0.1, target=target, layout=layout)
+            check(case, device)
+
+
+@pytest.mark.parametrize("target", ["probabilities", "any floats"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_to_probabilities(
+    dtype: torch.dtype, reduction: str, target: str, device: str
+) -> None:
+    for shape, weighted, smoothing in itertools.product(SHAPES, [False, True], [0.0, 0.1]):
+        inputs = draw(Case(dtype, shape, reduction, weighted, smoothing, target=target), device)
+
+        def target_grad(function: Callable[..., Tensor], inputs: Inputs = inputs) -> Tensor:
+            leaf = inputs.target.detach().requires_grad_()
+            loss = replace(inputs, target=leaf).call(function)
+            return torch.autograd.grad(loss, leaf, inputs.grad_output)[0]
+
+        expected = reference.cross_entropy(
+            inputs.logits,
+            inputs.target,
+            inputs.weight,
+            grad_output=inputs.grad_output,
+            **inputs.options,
+        ).target_grad
+        assert expected is not None
+        ours, theirs = target_grad(F.cross_entropy), target_grad(native.cross_entropy)
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        scale = expected.abs() + expected.abs().mean()
+        limit = error(theirs, expected, scale, dtype) + slack(dtype)
+        assert error(ours, expected, scale, dtype) <= limit, (shape, weighted, smoothing)
+
+
+@pytest.mark.parametrize("class_step", [1, 2**27 + 1])
+def test_offsets_beyond_32_bits(class_step: int) -> None:
+    """Only the touched pages of the 8 GiB are ever backed by memory."""
+    torch._C._set_deterministic_algorithms(False)
+    values = torch.randn(2, 17, dtype=BF16)
+    storage = torch.empty(2**32 + 2**10, dtype=BF16)
+    row_step = 2**32 if class_step == 1 else 3
+    logits = storage.as_strided(values.shape, (row_step, class_step)).copy_(values)
+    target = torch.tensor([3, 16])
+    loss = F.cross_entropy(logits.requires_grad_(), target)
+    values.requires_grad_()
+    dense_loss = F.cross_entropy(values, target)
+    identical(loss, dense_loss)
+    identical(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(dense_loss, values)[0])
+
+
+# ------------------------------------------------------------------ special values
+
+
+def like_torch(
+    logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Our loss and gradient, once torch's have the same NaN, infinities and zeros, and the same
+    finite values within rounding."""
+    inputs = Inputs(logits, target, weight, torch.tensor(1.0), options)
+    if options.get("reduction") == "none":
+        inputs.grad_output = torch.rand(target.shape) + 0.5
+    ours = inputs.loss_and_grad(F.cross_entropy)
+    theirs = inputs.loss_and_grad(native.cross_entropy)
+    rtol = 4 * torch.finfo(logits.dtype).eps
+    for actual, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol, equal_nan=True)
+    return ours
+
+
+EXTREMES = {
+    "masked class": [1.0, -math.inf, 2.0, 0.5],
+    "all masked but the target": [-math.inf, -math.inf, -3.0, -math.inf],
+    "all masked but another": [-math.inf, 7.0, -math.inf, -math.inf],
+    "all masked": [-math.inf] * 4,
+    "plus infinity": [1.0, math.inf, 2.0, 0.5],
+    "plus infinity at the target": [1.0, 2.0, math.inf, 0.5],
+    "NaN": [1.0, math.nan, 2.0, 0.5],
+    "NaN at the target": [1.0, 0.0, math.nan, 0.5],
+    "huge": [3e38, -3e38, 0.0, 1.0],
+    "huge at the target": [0.0, -3e38, 3e38, 1.0],
+    "all huge": [3e38] * 4,
+    "all hugely negative": [-3e38] * 4,
+    "far apart": [0.0, -200.0, -150.0, -90.0],
+    "signed zeros": [0.0, -0.0, 0.0, -0.0],
+}
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_logits_like_torch(name: str, dtype: torch.dtype) -> None:
+    ordinary = torch.randn(4).tolist()
+    padding = torch.randn(33).tolist()
+    for row in (EXTREMES[name], EXTREMES[name] + padding):
+        block = torch.tensor([row, ordinary + row[4:]], dtype=F64).to(dtype)
+        target = torch.tensor([2, 2])
+        for logits, classes in (
+            (block, target),
+            (block.repeat(9, 1), target.repeat(9)),
+            (block.T.contiguous().T, target),
+            (block.T[None].repeat(1, 1, 9), target.repeat(9)[None]),
+        ):
+            for options in ({"reduction": "none"}, {}, {"label_smoothing": 0.1}):
+                like_torch(logits, classes, **options)
+            weight = torch.ones(logits.shape[1], dtype=dtype)
+            weight[1] = 0.0
+            like_torch(logits, classes, weight, label_smoothing=0.1, reduction="sum")
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_logits_with_probabilities_like_torch(name: str) -> None:
+    logits = torch.tensor([EXTREMES[name], [0.1, 0.2, 0.3, 0.4]])
+    for target in ([0.5, 0.0, 0.5, 0.0], [0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 1.0, 0.0]):
+        for options in ({"reduction": "none"}, {}, {"label_smoothing": 0.1}):
+            inputs = Inputs(
+                logits,
+                torch.tensor([target, target]),
+                None,
+                torch.tensor(1.0).expand((2,) if options.get("reduction") == "none" else ()),
+                options,
+            )
+            ours = inputs.loss_and_grad(F.cross_entropy)
+            theirs = inputs.loss_and_grad(native.cross_entropy)
+            for actual, expected in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_masked_class_is_an_exact_case() -> None:
+    """A class at -inf does not exist: the same bits as without it, and no gradient."""
+    logits, target = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
+    masked = torch.cat([logits, torch.full((6, 1), -math.inf)], 1)
+    (loss, grad), (dense_loss, dense_grad) = (
+        Inputs(x, target, None, torch.tensor(1.0), {}).loss_and_grad(F.cross_entropy)
+        for x in (masked, logits)
+    )
+    torch.testing.assert_close(loss, dense_loss)
+    torch.testing.assert_close(grad[:, :5], dense_grad)
+    identical(grad[:, 5], torch.zeros(6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5, 1), (2, 1, 9)], ids=str)
+def test_one_class_costs_exactly_nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = 1e4 * torch.randn(shape).to(dtype)
+    for reduction, smoothing in itertools.product(REDUCTIONS, [0.0, 0.3]):
+        row_shape = shape[:-1] if len(shape) < 3 else (2, 9)
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        inputs = Inputs(logits, torch.zeros(row_shape).long(), None, torch.tensor(1.0), options)
+        inputs.grad_output = torch.ones(row_shape if reduction == "none" else ())
+        loss, grad = inputs.loss_and_grad(F.cross_entropy)
+        identical(loss, torch.zeros_like(loss))
+        identical(grad, torch.zeros_like(logits))
+
+
+EMPTY = {
+    "no rows": ((0, 5), (0,)),
+    "no rows, spatial": ((0, 5, 3), (0, 3)),
+    "no pixels": ((2, 5, 0), (2, 0)),
+    "no pixels, 2d": ((2, 5, 3, 0), (2, 3, 0)),
+    "no rows, probabilities": ((0, 5), (0, 5)),
+    "no pixels, probabilities": ((2, 5, 0), (2, 5, 0)),
+    "no classes, probabilities": ((3, 0), (3, 0)),
+    "no classes, no rows": ((0, 0), (0,)),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_inputs_like_torch(name: str, reduction: str, device: str) -> None:
+    shape, target_shape = EMPTY[name]
+    target = torch.zeros(target_shape, device=device)
+    target = target if shape == target_shape else target.long()
+    for smoothing in (0.0, 0.1):
+        losses = []
+        for function in (F.cross_entropy, native.cross_entropy):
+            logits = torch.randn(shape, device=device, requires_grad=True)
+            loss = function(logits, target, reduction=reduction, label_smoothing=smoothing)
+            loss.sum().backward()
+            identical(logits.grad, torch.zeros(shape, device=device))
+            losses.append(loss.detach())
+        identical(*losses)
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(19,), (6, 19), (2, 19, 17)], ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+def test_all_rows_ignored(
+    ignore_index: int, shape: tuple[int, ...], smoothing: float, weighted: bool, device: str
+) -> None:
+    case = Case(F32, shape, weighted=weighted, smoothing=smoothing, ignore_index=ignore_index)
+    inputs = draw(case, device)
+    inputs.target.fill_(ignore_index)
+    zeros = torch.zeros(case.row_shape, device=device)
+    for reduction, expected in (("none", zeros), ("sum", zeros.sum()), ("mean", zeros.mean() / 0)):
+        inputs.options["reduction"] = reduction
+        inputs.grad_output = torch.ones_like(expected)
+        loss, grad = inputs.loss_and_grad(F.cross_entropy)
+        identical(loss, expected)
+        identical(grad, torch.zeros_like(inputs.logits))
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("classes", [3, 19, 300])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ignored_rows_have_no_part(smoothing: float, classes: int, device: str) -> None:
+    """Whatever an ignored row holds, its gradient is exactly zero and the others do not notice."""
+    logits = torch.randn(33, classes, device=device)
+    target = torch.randint(classes, (33,), device=device)
+    ignored = torch.arange(33, device=device) % 3 == 1
+    logits[ignored] = torch.tensor([math.nan, math.inf, -math.inf], device=device).repeat(11)[
+        :11, None
+    ]
+    target[ignored] = -100
+    options = {"label_smoothing": smoothing}
+    for reduction in REDUCTIONS:
+        options["reduction"] = reduction
+        g = torch.randn(33 if reduction == "none" else (), device=device)
+        loss, grad = Inputs(logits, target, None, g, options).loss_and_grad(F.cross_entropy)
+        if reduction == "none":
+            identical(loss[ignored], torch.zeros(11, device=device))
+            loss, g = loss[~ignored], g[~ignored]
+        identical(grad[ignored], torch.zeros(11, classes, device=device))
+        kept = Inputs(logits[~ignored], target[~ignored], None, g, options)
+        expected_loss, expected_grad = kept.loss_and_grad(native.cross_entropy)
+        torch.testing.assert_close(loss, expected_loss)
+        torch.testing.assert_close(grad[~ignored], expected_grad)
+
+
+def test_nan_stays_in_its_row(device: str) -> None:
+    logits = torch.randn(18, 7, device=device)
+    target = torch.randint(7, (18,), device=device)
+    clean = Inputs(logits, target, None, torch.ones(18, device=device), {"reduction": "none"})
+    expected_loss, expected_grad = clean.loss_and_grad(F.cross_entropy)
+    dirty = replace(clean, logits=logits.index_fill(0, torch.tensor([4]), math.nan))
+    loss, grad = dirty.loss_and_grad(F.cross_entropy)
+    assert loss[4].isnan() and grad[4].isnan().all()
+    others = torch.arange(18) != 4
+    identical(loss[others], expected_loss[others])
+    identical(grad[others], expected_grad[others])
+
+
+def test_zero_weights_like_torch() -> None:
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 0, 0])
+    for weight in ([0.0, 0.0, 1.0], [0.0, 2.0, 1.0], [0.0, 0.0, 0.0]):
+        for reduction, smoothing in itertools.product(REDUCTIONS, [0.0, 0.1]):
+            like_torch(
+                logits,
+                target,
+                torch.tensor(weight),
+                reduction=reduction,
+                label_smoothing=smoothing,
+            )
+
+
+# ------------------------------------------------------------------ back propagation
+
+
+KINDS = ("long", "uint8", "probabilities")
+GRADED = [
+    Case(dtype, (9, 19), reduction, weighted, smoothing, target=target)
+    for dtype, reduction, target in itertools.product((F32, BF16), REDUCTIONS, KINDS)
+    for weighted, smoothing in ((False, 0.0), (target != "uint8", 0.1))
+]
+
+
+@pytest.mark.parametrize("case", GRADED, ids=str)
+def test_second_backward_gives_the_same_bits(case: Case, device: str) -> None:
+    """Also when the first result was overwritten, and with another grad_output in between."""
+    inputs = draw(case, device)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(F.cross_entropy, logits)
+    backward = partial(torch.autograd.grad, loss, logits, retain_graph=True)
+    (first,) = backward(inputs.grad_output)
+    kept = first.clone()
+    (doubled,) = backward(2 * inputs.grad_output)
+    identical(first, kept)
+    torch.testing.assert_close(doubled, 2 * first)
+    first.fill_(math.nan)
+    doubled.fill_(math.nan)
+    identical(backward(inputs.grad_output)[0], kept)
+
+
+@pytest.mark.parametrize("case", GRADED, ids=str)
+def test_accumulated_gradients_belong_to_the_user(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(F.cross_entropy, logits).sum()
+    loss.backward(retain_graph=True)
+    first = logits.grad
+    assert first is not None
+    kept = first.clone()
+    logits.grad = None
+    loss.backward(retain_graph=True)
+    identical(first, kept)
+    identical(logits.grad, kept)
+    first.mul_(3)
+    identical(logits.grad, kept)
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(logits.grad, 2 * kept)
+    logits.grad = None
+    loss.backward()
+    identical(logits.grad, kept)
+
+
+@pytest.mark.parametrize("case", GRADED[::3], ids=str)
+def test_backward_twice_needs_retain_graph(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    loss = inputs.call(F.cross_entropy, inputs.logits.requires_grad_()).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 3.7, 65536.0])
+def test_scaled_scalar_losses(scale: float, device: str) -> None:
+    inputs = draw(Case(F32, (9, 19), "mean", True, 0.1), device)
+    inputs.grad_output = torch.tensor(scale, device=device)
+    grad = inputs.loss_and_grad(F.cross_entropy)[1]
+    torch.testing.assert_close(grad, inputs.loss_and_grad(native.cross_entropy)[1])
+    logits = inputs.logits.detach().requires_grad_()
+    (inputs.call(F.cross_entropy, logits) * scale).backward()
+    identical(logits.grad, grad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_leaf_gradients_lie_as_torch_lays_them(layout: str, device: str) -> None:
+    for shape in ((6, 7), (3, 7, 4), (2, 7, 3, 5)):
+        inputs = draw(Case(F32, shape, layout=layout), device)
+        grads = []
+        for function in (F.cross_entropy, native.cross_entropy):
+            logits = inputs.logits.detach().requires_grad_()
+            inputs.call(function, logits).backward()
+            grads.append(logits.grad)
+        assert grads[0].stride() == grads[1].stride()
+        torch.testing.assert_close(*grads)
+
+
+def test_one_logits_tensor_many_losses(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+
+    def total(function: Callable[..., Tensor]) -> Tensor:
+        logits = inputs.logits.detach().requires_grad_()
+        losses = [inputs.call(function, logits) * k for k in (1.0, 0.5, -2.0)]
+        (losses[0] + losses[1] * losses[2]).backward()
+        assert logits.grad is not None
+        return logits.grad
+
+    torch.testing.assert_close(total(F.cross_entropy), total(native.cross_entropy))
+
+
+def test_no_graph_where_none_is_wanted(device: str) -> None:
+    logits = torch.randn(9, 19, device=device, requires_grad=True)
+    target = torch.randint(19, (9,), device=device)
+    expected = native.cross_entropy(logits, target).detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            loss = F.cross_entropy(logits, target)
+        assert not loss.requires_grad and loss.grad_fn is None
+        torch.testing.assert_close(loss, expected)
+        assert loss.is_inference() == isinstance(context, torch.inference_mode)
+    assert F.cross_entropy(logits.detach(), target).grad_fn is None
+    with torch.inference_mode():
+        made_inside = torch.randn(9, 19, device=device)
+        torch.testing.assert_close(
+            F.cross_entropy(made_inside, target), native.cross_entropy(made_inside, target)
+        )
+
+
+def test_same_bits_with_and_without_a_graph(device: str) -> None:
+    for case in GRADED:
+        inputs = draw(case, device)
+        with_graph = inputs.call(F.cross_entropy, inputs.logits.detach().requires_grad_())
+        identical(inputs.call(F.cross_entropy), with_graph.detach())
+
+
+def test_logits_may_change_after_the_forward_pass(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+    grads = []
+    for function in (F.cross_entropy, native.cross_entropy):
+        leaf = inputs.logits.detach().requires_grad_()
+        logits = leaf * 1
+        loss = inputs.call(function, logits)
+        logits.zero_()
+        grads.append(torch.autograd.grad(loss, leaf)[0])
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("changed", ["target", "weight", "probabilities"])
+def test_changed_arguments_never_change_the_gradient_silently(changed: str, device: str) -> None:
+    kind = "probabilities" if changed == "probabilities" else "long"
+    inputs = draw(Case(F32, (9, 19), weighted=True, target=kind, smoothing=0.1), device)
+    _, expected = inputs.loss_and_grad(F.cross_entropy)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(F.cross_entropy, logits)
+    argument = inputs.weight if changed == "weight" else inputs.target
+    assert argument is not None
+    argument.zero_()
+    try:
+        (grad,) = torch.autograd.grad(loss, logits, inputs.grad_output)
+    except RuntimeError as refusal:
+        assert "modified by an inplace operation" in str(refusal)
+    else:
+        identical(grad, expected)
+
+
+DIFFERENTIATED = [
+    Case(F64, shape, reduction, weighted, smoothing, target=target)
+    for shape, target in itertools.product(((4,), (3, 4), (2, 3, 2, 2)), KINDS)
+    for reduction, weighted, smoothing in (
+        ("none", False, 0.0),
+        ("mean", True, 0.0),
+        ("sum", False, 0.2),
+        ("mean", True, 0.2),
+    )
+    if not Case(F64, shape, reduction, weighted, smoothing, target=target).torch_refuses
+]
+
+
+def differentiable_arguments(case: Case, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """The loss as a function of everything torch differentiates, and the values to start from."""
+    inputs = draw(case, device)
+
+    def loss(logits: Tensor, target: Tensor | None = None) -> Tensor:
+        target = inputs.target if target is None else target
+        return F.cross_entropy(logits, target, inputs.weight, **inputs.options)
+
+    leaves = [inputs.logits, inputs.target] if case.has_probabilities else [inputs.logits]
+    return loss, [leaf.detach().clone().requires_grad_() for leaf in leaves]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradcheck_backward_and_forward_mode(case: Case, device: str) -> None:
+    loss, leaves = differentiable_arguments(case, device)
+    assert gradcheck(loss, leaves, check_forward_ad=True, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_gradgradcheck(case: Case, device: str) -> None:
+    assert gradgradcheck(*differentiable_arguments(case, device))
+
+
+@pytest.mark.parametrize("case", DIFFERENTIATED, ids=str)
+def test_double_backward_like_torch(case: Case, device: str) -> None:
+    """A gradient penalty; every leaf takes part, the incoming gradient too."""
+    inputs = draw(replace(case, dtype=F32), device)
+    results = []
+    for function in (F.cross_entropy, native.cross_entropy):
+        leaves = [inputs.logits.detach().clone().requires_grad_()]
+        if case.has_probabilities:
+            leaves.append(inputs.target.detach().clone().requires_grad_())
+        g = inputs.grad_output.detach().clone().requires_grad_()
+        target = leaves[-1] if case.has_probabilities else inputs.target
+        loss = replace(inputs, target=target).call(function, leaves[0])
+        grads = torch.autograd.grad(loss, leaves, g, create_graph=True)
+        penalty = sum(grad.square().sum() for grad in grads) + loss.sum()
+        results.append([*grads, *torch.autograd.grad(penalty, [*leaves, g])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_ordinary_gradient_with_create_graph_has_the_same_value(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19), weighted=True, smoothing=0.1), device)
+    _, expected = inputs.loss_and_grad(F.cross_entropy)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(F.cross_entropy, logits)
+    (grad,) = torch.autograd.grad(loss, logits, inputs.grad_output, create_graph=True)
+    assert grad.requires_grad
+    torch.testing.assert_close(grad.detach(), expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits, inputs.grad_output)[0], expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weight_gradient_like_torch(smoothing: float) -> None:
+    """Torch differentiates the weight for probabilities and refuses to for class indices."""
+    inputs = draw(Case(F64, (9, 19), "sum", True, smoothing, target="probabilities"), "cpu")
+    results = []
+    for function in (F.cross_entropy, native.cross_entropy):
+        assert inputs.weight is not None
+        leaves = [t.detach().clone().requires_grad_() for t in (inputs.logits, inputs.weight)]
+        loss = replace(inputs, weight=leaves[1]).call(function, leaves[0])
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+        with pytest.raises(RuntimeError, match="weight"):
+            function(leaves[0], torch.zeros(9).long(), leaves[1], label_smoothing=smoothing)
+    torch.testing.assert_close(*results)
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "grad and value": lambda f, x: torch.func.grad_and_value(f)(x),
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.tensor(0.7, dtype=x.dtype)),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x.sin(), x.cos()])),
+    "vmap in the middle": lambda f, x: torch.func.vmap(f, in_dims=1)(torch.stack([x, x.sin()], 1)),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, x.sin()])),
+    "grad of grad": lambda f, x: torch.func.grad(lambda y: torch.func.grad(f)(y).square().sum())(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "linearize": lambda f, x: torch.func.linearize(f, x)[1](x.cos()),
+    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
+    "old jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x),
+    "old hessian": lambda f, x: torch.autograd.functional.hessian(f, x),
+}
+
+
+@pytest.mark.parametrize("target", ["long", "probabilities"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms_like_torch(transform: str, target: str, device: str) -> None:
+    inputs = draw(Case(F64, (3, 4), "mean", True, 0.1, target=target), device)
+    results = [
+        TRANSFORMS[transform](lambda x, f=function: inputs.call(f, x), inputs.logits)
+        for function in (F.cross_entropy, native.cross_entropy)
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_per_sample_gradients(device: str) -> None:
+    """vmap over logits and targets together, as for per-sample gradients."""
+    logits = torch.randn(6, 5, device=device)
+    target = torch.randint(5, (6,), device=device)
+    per_sample = torch.func.vmap(torch.func.grad(F.cross_entropy))(logits, target)
+    expected = torch.func.vmap(torch.func.grad(native.cross_entropy))(logits, target)
+    torch.testing.assert_close(per_sample, expected)
+
+
+def test_forward_mode_dual_tensors(device: str) -> None:
+    inputs = draw(Case(F64, (3, 4), weighted=True), device)
+    tangents = []
+    with forward_ad.dual_level():
+        for function in (F.cross_entropy, native.cross_entropy):
+            dual = forward_ad.make_dual(inputs.logits, inputs.logits.cos())
+            tangents.append(forward_ad.unpack_dual(inputs.call(function, dual)).tangent)
+    assert tangents[0] is not None
+    torch.testing.assert_close(*tangents)
+
+
+def test_saved_tensor_hooks(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+    loss, expected = inputs.loss_and_grad(F.cross_entropy)
+    packed: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor.shape)
+        return tensor.clone()
+
+    for context in (
+        torch.autograd.graph.saved_tensors_hooks(pack, torch.clone),
+        torch.autograd.graph.save_on_cpu(),
+    ):
+        with context:
+            hooked_loss, grad = inputs.loss_and_grad(F.cross_entropy)
+        identical(hooked_loss, loss)
+        identical(grad, expected)
+    assert packed, "nothing was saved for backward where hooks can see it"
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant: bool, device: str) -> None:
+    inputs = draw(Case(F32, (9, 19), smoothing=0.1), device)
+    _, expected = inputs.loss_and_grad(F.cross_entropy)
+    logits = inputs.logits.detach().requires_grad_()
+
+    def loss(logits: Tensor) -> Tensor:
+        return inputs.call(F.cross_entropy, logits)
+
+    checkpointed = checkpoint(loss, logits, use_reentrant=use_reentrant)
+    assert isinstance(checkpointed, Tensor)
+    checkpointed.backward(inputs.grad_output)
+    identical(logits.grad, expected)
+
+
+def test_anomaly_mode_and_graph_hooks(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+    _, expected = inputs.loss_and_grad(F.cross_entropy)
+    logits = inputs.logits.detach().requires_grad_()
+    seen = []
+    with torch.autograd.set_detect_anomaly(True):
+        loss = inputs.call(F.cross_entropy, logits)
+        loss.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+        loss.backward(inputs.grad_output)
+    identical(seen, [inputs.grad_output])
+    torch.testing.assert_close(logits.grad, 2 * expected)
+
+
+# ------------------------------------------------------------------ autocast and loss scales
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("target", ["long", "probabilities"])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
+@pytest.mark.parametrize("autocast_dtype", [BF16, F16], ids=str)
+def test_autocast(
+    autocast_dtype: torch.dtype, dtype: torch.dtype, target: str, device: str
+) -> None:
+    """A float32 loss straight from 16-bit logits, their gradient rounded once."""
+    for reduction, weighted, smoothing in itertools.product(REDUCTIONS, [False, True], [0.0, 0.1]):
+        case = Case(dtype, (33, 70), reduction, weighted, smoothing, target=target)
+        inputs = draw(case, device)
+        wide = dtype if dtype is F64 else F32
+        inputs.grad_output = inputs.grad_output.to(wide)
+        expected = reference.cross_entropy(
+            inputs.logits,
+            inputs.target,
+            inputs.weight,
+            grad_output=inputs.grad_output,
+            **inputs.options,
+        )
+        with torch.autocast(device, dtype=autocast_dtype):
+            loss, grad = inputs.loss_and_grad(F.cross_entropy)
+            their_loss, their_grad = inputs.loss_and_grad(native.cross_entropy)
+        assert (loss.dtype, grad.dtype) == (their_loss.dtype, their_grad.dtype) == (wide, dtype)
+        for ours, theirs, truth, scale, stored in (
+            (loss, their_loss, expected.loss, expected.loss_scale, wide),
+            (grad, their_grad, expected.grad, expected.grad_scale, dtype),
+        ):
+            limit = error(theirs, truth, scale, stored) + slack(stored)
+            assert error(ours, truth, scale, stored) <= limit, case
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 65536.0])
+def test_loss_scale_keeps_half_gradients_from_vanishing(loss_scale: float, device: str) -> None:
+    """The scale arrives with grad_output, after a gradient made in the forward pass could already
+    have vanished: 1/2048 of a probability of 1/500 is 16 times the least that float16 holds."""
+    logits = (3 * torch.randn(2048, 500, device=device)).half()
+    target = torch.randint(500, (2048,), device=device)
+    inputs = Inputs(logits, target, None, torch.tensor(loss_scale, device=device), {})
+    expected = reference.cross_entropy(logits, target, grad_output=loss_scale)
+    with torch.autocast(device, dtype=F16):
+        _, grad = inputs.loss_and_grad(F.cross_entropy)
+        _, theirs = inputs.loss_and_grad(native.cross_entropy)
+    assert grad.dtype == F16
+    assert ((theirs != 0) <= (grad != 0)).all(), "a gradient vanished that torch keeps"
+    limit = error(theirs, expected.grad, expected.grad_scale, F16) + slack(F16)
+    assert error(grad, expected.grad, expected.grad_scale, F16) <= limit
+
+
+def test_loss_scale_without_autocast(device: str) -> None:
+    logits = torch.randn(512, 1000, device=device).half()
+    target = torch.randint(1000, (512,), device=device)
+    options = {"reduction": "sum"}
+    inputs = Inputs(logits, target, None, torch.tensor(1024.0, device=device), options)
+    expected = reference.cross_entropy(logits, target, grad_output=1024.0, **options)
+    _, grad = inputs.loss_and_grad(F.cross_entropy)
+    assert error(grad, expected.grad, expected.grad_scale, F16) <= slack(F16)
+
+
+# ------------------------------------------------------------------ the same bits, always
+
+
+DETERMINISTIC = [
+    Case(dtype, shape, reduction, True, smoothing, target=target, layout=layout)
+    for dtype, shape, reduction, smoothing, target, layout in (
+        (F32, (4097, 10), "mean", 0.0, "long", "contiguous"),
+        (F32, (4097, 10), "sum", 0.1, "long", "contiguous"),
+        (F32, (1025, 1000), "mean", 0.0, "long", "contiguous"),
+        (BF16, (1025, 1000), "mean", 0.1, "long", "contiguous"),
+        (F64, (33, 32000), "sum", 0.0, "long", "contiguous"),
+        (F32, (3, 128256), "mean", 0.1, "long", "contiguous"),
+        (F32, (1, 128256), "mean", 0.0, "long", "contiguous"),
+        (F16, (2, 21, 129, 131), "mean", 0.0, "long", "contiguous"),
+        (F32, (2, 21, 129, 131), "sum", 0.1, "long", "channels_last"),
+        (F32, (513, 1000), "mean", 0.1, "probabilities", "contiguous"),
+        (F32, (2, 21, 129, 131), "mean", 0.0, "probabilities", "contiguous"),
+        (F32, (1000, 1025), "mean", 0.0, "long", "transposed"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
+def test_same_bits_run_to_run_and_for_any_thread_count(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    torch._C._set_deterministic_algorithms(False)
+    results = []
+    for threads in (1, 2, 3, 2, 1):
+        torch.set_num_threads(threads)
+        results.append(inputs.loss_and_grad(F.cross_entropy))
+    for result in results[1:]:
+        identical(result, results[0])
+
+
+def test_rows_do_not_depend_on_their_neighbours(device: str) -> None:
+    """The same row gives the same bits wherever it stands in the batch."""
+    for classes in (3, 10, 17, 1000):
+        logits = torch.randn(100, classes, device=device)
+        target = torch.randint(classes, (100,), device=device)
+        losses = F.cross_entropy(logits, target, reduction="none")
+        order = torch.randperm(100, device=device)
+        identical(F.cross_entropy(logits[order], target[order], reduction="none"), losses[order])
+
+
+# ------------------------------------------------------------------ living inside torch
+
+
+def test_meta_tensors() -> None:
+    for case in (Case(BF16, (4, 7), "none"), Case(), Case(F32, (2, 7, 3), target="probabilities")):
+        inputs = draw(case, "cpu")
+        logits = inputs.logits.to("meta").requires_grad_()
+        loss = F.cross_entropy(logits, inputs.target.to("meta"), **inputs.options)
+        expected = inputs.call(native.cross_entropy)
+        assert loss.is_meta and (loss.dtype, loss.shape) == (expected.dtype, expected.shape)
+        loss.sum().backward()
+        assert logits.grad is not None and logits.grad.shape == logits.shape
+
+
+def test_fake_tensors() -> None:
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    for case in (Case(BF16, (4, 7), "none"), Case(), Case(F32, (2, 7, 3), target="probabilities")):
+        inputs = draw(case, "cpu")
+        with FakeTensorMode() as mode:
+            logits = mode.from_tensor(inputs.logits).requires_grad_()
+            target = mode.from_tensor(inputs.target)
+            loss = F.cross_entropy(logits, target, **inputs.options)
+            loss.sum().backward()
+        expected = inputs.call(native.cross_entropy)
+        assert isinstance(loss, FakeTensor)
+        assert (loss.dtype, loss.shape) == (expected.dtype, expected.shape)
+        assert isinstance(logits.grad, FakeTensor) and logits.grad.dtype == case.dtype
+
+
+class Logged(Tensor):
+    """A tensor subclass that notes which public functions it passes through."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("subclassed", ["input", "target", "weight"])
+def test_tensor_subclasses(subclassed: str) -> None:
+    inputs = draw(Case(F32, (5, 7), weighted=True), "cpu")
+    arguments = {"input": inputs.logits, "target": inputs.target, "weight": inputs.weight}
+    expected = native.cross_entropy(**arguments)
+    value = arguments[subclassed]
+    assert value is not None
+    arguments[subclassed] = value.as_subclass(Logged)
+    Logged.seen.clear()
+    loss = F.cross_entropy(**arguments)
+    assert native.cross_entropy in Logged.seen
+    assert type(loss) is Logged
+    torch.testing.assert_close(loss.as_subclass(Tensor), expected)
+
+
+def test_parameters_and_buffers_are_ordinary_tensors() -> None:
+    logits, target = nn.Parameter(torch.randn(5, 7)), torch.randint(7, (5,))
+    loss = F.cross_entropy(logits, target)
+    loss.backward()
+    assert type(loss) is Tensor
+    torch.testing.assert_close(loss, native.cross_entropy(logits, target))
+
+
+def test_torch_function_mode_sees_the_call() -> None:
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    inputs = draw(Case(), "cpu")
+    expected = inputs.call(native.cross_entropy)
+    with Mode():
+        loss = inputs.call(F.cross_entropy)
+    torch.testing.assert_close(loss, expected)
+    assert [function.__name__ for function in seen] == ["cross_entropy"]
+
+
+def test_torch_dispatch_mode_sees_operators_both_ways() -> None:
+    class Mode(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for case in GRADED[:4]:
+        inputs = draw(case, "cpu")
+        expected = inputs.loss_and_grad(F.cross_entropy)
+        logits = inputs.logits.detach().requires_grad_()
+        with Mode() as mode:
+            loss = inputs.call(F.cross_entropy, logits)
+            assert mode.seen, "the forward pass is invisible"
+            mode.seen.clear()
+            loss.backward(inputs.grad_output)
+            assert mode.seen, "the backward pass is invisible"
+        torch.testing.assert_close((loss.detach(), logits.grad), expected)
+
+
+def test_compiled_without_a_code_generator(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19), weighted=True, smoothing=0.1), device)
+
+    def step(logits: Tensor) -> Tensor:
+        return inputs.call(F.cross_entropy, logits * 2)
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (compiled, step):
+        logits = inputs.logits.detach().requires_grad_()
+        loss = function(logits)
+        loss.backward()
+        results.append((loss.detach(), logits.grad))
+    torch.testing.assert_close(*results)
+
+
+def test_threads_of_a_program_may_share_it() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = [draw(Case(F32, (65, 1 + 13 * i)), "cpu") for i in range(1, 17)]
+    expected = [i.loss_and_grad(F.cross_entropy) for i in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            identical(list(pool.map(lambda i: i.loss_and_grad(F.cross_entropy), inputs)), expected)
+
+
+# ------------------------------------------------------------------ the module
+
+
+def modules(*args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
+    return fusedstep.CrossEntropyLoss(*args, **kwargs), nn.CrossEntropyLoss(*args, **kwargs)
+
+
+CONSTRUCTED: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "weights": {"weight": torch.linspace(0.5, 2.0, 7)},
+    "ignored class": {"ignore_index": 3, "weight": torch.linspace(0.5, 2.0, 7)},
+    "smoothing": {"label_smoothing": 0.1},
+    "deprecated sum": {"size_average": False},
+    "deprecated mean": {"size_average": True},
+    "deprecated none": {"reduce": False},
+    "deprecated both": {"size_average": False, "reduce": True},
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTED)
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
+def test_module_like_torch(name: str) -> None:
+    ours, theirs = modules(**CONSTRUCTED[name])
+    logits, target = torch.randn(9, 7), torch.randint(7, (9,))
+    expected = theirs(logits, target)
+    assert isinstance(ours, nn.CrossEntropyLoss)
+    assert repr(ours) == repr(theirs)
+    assert ours.__dict__.keys() == theirs.__dict__.keys()
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for copied in (ours, copy.deepcopy(ours), copy.copy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is fusedstep.CrossEntropyLoss
+        torch.testing.assert_close(copied(logits, target), expected)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    buffer = io.BytesIO()
+    torch.save(ours, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    torch.testing.assert_close(loaded(logits, target), expected)
+
+
+@pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}], ids=str)
+def test_deprecated_arguments_of_the_function(options: dict[str, bool]) -> None:
+    logits, target = torch.randn(9, 7), torch.randint(7, (9,))
+    with pytest.warns(UserWarning, match="please use reduction="):
+        loss = F.cross_entropy(logits, target, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(loss, native.cross_entropy(logits, target, **options))
+
+
+def test_arguments_by_position_like_torch() -> None:
+    logits, target, weight = torch.randn(9, 7), torch.randint(7, (9,)), torch.rand(7)
+    arguments = (logits, target, weight, None, 3, None, "sum", 0.1)
+    torch.testing.assert_close(F.cross_entropy(*arguments), native.cross_entropy(*arguments))
+    by_name = {"input": logits, "target": target, "weight": weight, "label_smoothing": 0.1}
+    torch.testing.assert_close(F.cross_entropy(**by_name), native.cross_entropy(**by_name))
+
+
+def test_module_follows_its_device_dtype_and_mode() -> None:
+    ours, theirs = modules(torch.linspace(0.5, 2.0, 7), ignore_index=2)
+    logits, target = torch.randn(9, 7, dtype=F64), torch.randint(7, (9,))
+    for module in (ours, theirs):
+        module.double().eval().requires_grad_(False)
+    torch.testing.assert_close(ours(logits, target), theirs(logits, target))
+    calls = []
+    ours.register_forward_hook(lambda module, args, output: calls.append(output))
+    loss = nn.Sequential(ours)[0](logits, target)
+    identical(calls, [loss])
+    ours.label_smoothing = theirs.label_smoothing = 0.3
+    ours.reduction = theirs.reduction = "sum"
+    torch.testing.assert_close(ours(logits, target), theirs(logits, target))
+
+
+def test_graph_node_is_readable() -> None:
+    linear = nn.Linear(3, 7)
+    for loss in (
+        F.cross_entropy(linear(torch.randn(9, 3)), torch.randint(7, (9,))),
+        fusedstep.CrossEntropyLoss()(linear(torch.randn(9, 3)), torch.rand(9, 7)),
+        F.cross_entropy(linear(torch.randn(9, 3)), torch.randint(7, (9,)), reduction="none"),
+    ):
+        assert loss.grad_fn is not None
+        assert loss.grad_fn.name() == "CrossEntropyBackward0"
+        assert "CrossEntropyBackward0" in repr(loss.grad_fn)
+        assert "CrossEntropyBackward0" in repr(loss)
+        assert loss.grad_fn.next_functions[0][0].name() == "AddmmBackward0"
+
+
+# ------------------------------------------------------------------ torch's own sample inputs
+
+
+def check_sample(*args: Any, **kwargs: Any) -> None:
+    """Our loss and gradient against torch's on the same numbers in float64."""
+
+    def widened(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.detach().double() if is_float else value
+
+    results = []
+    for function, cast in ((F.cross_entropy, lambda v: v), (native.cross_entropy, widened)):
+        logits, *others = tree_map(cast, args)
+        leaf = logits.detach().clone().requires_grad_()
+        loss = function(leaf, *others, **tree_map(cast, kwargs))
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    (loss, grad), expected = results
+    dtype = args[0].dtype
+    assert (loss.dtype, grad.dtype) == (dtype, dtype)
+    rounded = tree_map(lambda t: t.to(dtype), expected)
+    torch.testing.assert_close((loss, grad), rounded, equal_nan=True)
+
+
+def test_torch_module_database() -> None:
+    from torch.testing._internal.common_modules import module_db
+
+    (info,) = [info for info in module_db if info.module_cls is nn.CrossEntropyLoss]
+    samples = [info.module_inputs_func(info, "cpu", dtype, True, True) for dtype in DTYPES]
+    assert [len(of_dtype) for of_dtype in samples] == [105] * 4
+    for sample in itertools.chain(*samples):
+        built, called = sample.constructor_input, sample.forward_input
+        module = fusedstep.CrossEntropyLoss(*built.args, **built.kwargs)
+        arguments = {**called.kwargs, **built.kwargs}
+        check_sample(*called.args, **arguments)
+        options = {**arguments, "input": called.args[0], "target": called.args[1]}
+        identical(module(*called.args, **called.kwargs), F.cross_entropy(**options))
+
+
+def test_torch_module_error_database() -> None:
+    from torch.testing._internal.common_modules import module_db
+
+    (info,) = [info for info in module_db if info.module_cls is nn.CrossEntropyLoss]
+    samples = info.module_error_inputs_func(info, "cpu", F32, False, True)
+    assert samples
+    for sample in samples:
+        built = sample.module_error_input.constructor_input
+        called = sample.module_error_input.forward_input
+        module = fusedstep.CrossEntropyLoss(*built.args, **built.kwargs)
+        with pytest.raises(sample.error_type, match=r"\w"):
+            module(*called.args, **called.kwargs)
+
+
+def test_torch_operator_database() -> None:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = [info for info in op_db if info.name == "nn.functional.cross_entropy"]
+    samples = [list(info.sample_inputs("cpu", dtype, requires_grad=True)) for dtype in DTYPES]
+    assert all(len(of_dtype) > 10 for of_dtype in samples)
+    for sample in itertools.chain(*samples):
+        check_sample(sample.input, *sample.args, **sample.kwargs)
+
+
+OPERATOR_SAMPLES = [
+    Case(F32, (5, 7), "mean", True, 0.1),
+    Case(F32, (5, 7), "none"),
+    Case(BF16, (5, 7), "sum", ignore_index=1),
+    Case(F64, (2, 7, 3, 2), "mean", layout="channels_last"),
+    Case(F32, (7,), "mean"),
+    Case(F32, (5, 7), "mean", target="probabilities"),
+    Case(F32, (2, 7, 3), "none", True, 0.1, target="probabilities"),
+]
+REDUCTION_CODE = {"none": 0, "mean": 1, "sum": 2}
+
+
+def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:
+    options = inputs.options
+    return (
+        inputs.logits,
+        inputs.target,
+        inputs.weight,
+        REDUCTION_CODE[options["reduction"]],
+        options["ignore_index"],
+        options["label_smoothing"],
+    )
+
+
+@pytest.mark.parametrize("case", OPERATOR_SAMPLES, ids=str)
+def test_opcheck(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    torch._C._set_deterministic_algorithms(False)
+    operator = torch.ops.fusedstep.cross_entropy.default
+    torch.library.opcheck(operator, operator_arguments(inputs))
+    inputs.logits.requires_grad_()
+    torch.library.opcheck(operator, operator_arguments(inputs))
+    torch.testing.assert_close(operator(*operator_arguments(inputs)), inputs.call(F.cross_entropy))
+
+
+# ------------------------------------------------------------------ bad input
+
+LOGITS, TARGET, WEIGHT = torch.randn(3, 5), torch.tensor([0, 1, 4]), torch.ones(5)
+IMAGE, MASK = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
+PROBABILITIES = LOGITS.softmax(1)
+Loss = Callable[..., Tensor]
+
+# What is wrong: the call, and what the message has to speak of.
+BAD: dict[str, tuple[Callable[[Loss], Tensor], str]] = {
+    "0-d logits": (lambda f: f(LOGITS[0, 0], TARGET[0]), "."),
+    "0-d logits, probabilities": (lambda f: f(LOGITS[0, 0], LOGITS[0, 1]), "dim"),
+    "fewer targets than rows": (lambda f: f(LOGITS, TARGET[:2]), r"3.*2|2.*3"),
+    "more targets than rows": (lambda f: f(LOGITS[:2], TARGET), r"3.*2|2.*3"),
+    "scalar target for a batch": (lambda f: f(LOGITS, TARGET[0]), "target"),
+    "2-d target": (lambda f: f(LOGITS, TARGET[:, None]), "target"),
+    "two targets for one row": (lambda f: f(LOGITS[0], TARGET[:2]), "target"),
+    "target of one for one row": (lambda f: f(LOGITS[0], TARGET[:1]), "target"),
+    "target of one, unreduced": (lambda f: f(LOGITS[0], TARGET[:1], reduction="none"), "target"),
+    "missing spatial dimension": (lambda f: f(IMAGE, MASK[:, 0]), "target"),
+    "spatial size": (lambda f: f(IMAGE, MASK[:, :2]), r"(?i)size|shape"),
+    "1-d spatial size": (lambda f: f(IMAGE[..., 0], MASK[:, :2, 0]), r"(?i)size|shape"),
+    "3-d spatial size": (lambda f: f(IMAGE[..., None], MASK[:, :2, :, None]), r"(?i)size|shape"),
+    "batch of images": (lambda f: f(IMAGE, MASK[:1]), r"(?i)batch|size|shape"),
+    "probabilities, other classes": (lambda f: f(LOGITS, PROBABILITIES[:, :4]), "target"),
+    "int32 target": (lambda f: f(LOGITS, TARGET.int()), "(?i)int"),
+    "int16 target": (lambda f: f(LOGITS, TARGET.short()), "(?i)short|int16"),
+    "int8 target": (lambda f: f(LOGITS, TARGET.to(torch.int8)), "(?i)char|int8"),
+    "bool target": (lambda f: f(LOGITS, TARGET.bool()), "(?i)bool"),
+    "float target of indices": (lambda f: f(LOGITS, TARGET.float()), "(?i)float"),
+    "long target of the logits' shape": (lambda f: f(LOGITS, LOGITS.long()), "(?i)long|int64"),
+    "int32 image mask": (lambda f: f(IMAGE, MASK.int()), "(?i)int"),
+    "integer logits": (lambda f: f(LOGITS.long(), TARGET), "(?i)long|int64"),
+    "bool logits": (lambda f: f(LOGITS.bool(), TARGET), "(?i)bool"),
+    "complex logits": (lambda f: f(LOGITS.to(torch.complex64), TARGET), "(?i)complex"),
+    "float8 logits": (lambda f: f(LOGITS.to(torch.float8_e4m3fn), TARGET), "(?i)float8"),
+    "half weight": (lambda f: f(LOGITS, TARGET, WEIGHT.half()), "(?i)half|float16"),
+    "double weight": (lambda f: f(LOGITS, TARGET, WEIGHT.double()), "(?i)double|float64"),
+    "long weight": (lambda f: f(LOGITS, TARGET, WEIGHT.long()), "(?i)long|int64"),
+    "float weight, bf16 logits": (lambda f: f(LOGITS.bfloat16(), TARGET, WEIGHT), "(?i)float"),
+    "short weight": (lambda f: f(LOGITS, TARGET, WEIGHT[:4]), "weight.*4"),
+    "long vector of weights": (lambda f: f(LOGITS, TARGET, torch.ones(6)), "weight.*6"),
+    "2-d weight": (lambda f: f(LOGITS, TARGET, WEIGHT[:, None]), "weight"),
+    "scalar weight": (lambda f: f(LOGITS, TARGET, WEIGHT[0]), "weight"),
+    "short weight, probabilities": (lambda f: f(LOGITS, PROBABILITIES, WEIGHT[:4]), "weight.*4"),
+    "short weight, image": (lambda f: f(IMAGE, MASK, WEIGHT[:4]), "weight.*4"),
+    "ignored probabilities": (lambda f: f(LOGITS, PROBABILITIES, ignore_index=0), "ignore_index"),
+    "smoothing above one": (lambda f: f(LOGITS, TARGET, label_smoothing=1.1), "smoothing.*1.1"),
+    "smoothing above one, probabilities": (
+        lambda f: f(LOGITS, PROBABILITIES, label_smoothing=1.1),
+        "smoothing.*1.1",
+    ),
+    "infinite smoothing": (lambda f: f(LOGITS, TARGET, label_smoothing=math.inf), "smoothing"),
+    "reduction": (lambda f: f(LOGITS, TARGET, reduction="avg"), "avg"),
+    "no reduction": (lambda f: f(LOGITS, TARGET, reduction=None), "None"),
+    "empty reduction": (lambda f: f(LOGITS, TARGET, reduction=""), "reduction"),
+    "class too large": (lambda f: f(LOGITS, torch.tensor([0, 5, 1])), "(?s)5"),
+    "class negative": (lambda f: f(LOGITS, torch.tensor([0, 1, -1])), "-1"),
+    "class enormous": (lambda f: f(LOGITS, torch.tensor([2**40, 1, 1])), str(2**40)),
+    "class hugely negative": (lambda f: f(LOGITS, torch.tensor([0, -(2**63), 1])), str(2**63)),
+    "class too large, bytes": (lambda f: f(LOGITS, torch.tensor([0, 255, 1]).byte()), "255"),
+    "class too large, one row": (lambda f: f(LOGITS[0], torch.tensor(9)), "9"),
+    "class too large, image": (lambda f: f(IMAGE, MASK.index_fill(2, torch.tensor(3), 77)), "77"),
+    "class too large, 1-d": (lambda f: f(IMAGE[..., 0], MASK[..., 0].clone().fill_(77)), "77"),
+    "class too large, smoothed": (
+        lambda f: f(LOGITS, torch.tensor([0, 5, 1]), WEIGHT, label_smoothing=0.1),
+        "5",
+    ),
+    "class too large, summed": (lambda f: f(LOGITS, TARGET + 1, reduction="sum"), "5"),
+    "class too large, unreduced": (lambda f: f(LOGITS, TARGET + 1, reduction="none"), "5"),
+    "default ignore_index with another": (
+        lambda f: f(LOGITS, torch.tensor([0, -100, 1]), ignore_index=2),
+        "-100",
+    ),
+    "no classes": (lambda f: f(LOGITS[:, :0], TARGET), "0"),
+    "list for logits": (lambda f: f([1.0, 2.0], TARGET), "list"),
+    "array for logits": (lambda f: f(LOGITS.numpy(), TARGET), "ndarray"),
+    "no target": (lambda f: f(LOGITS, None), "None"),
+    "list for target": (lambda f: f(LOGITS, [0, 1, 4]), "list"),
+    "list for weight": (lambda f: f(LOGITS, TARGET, [1.0] * 5), "list"),
+    "devices": (lambda f: f(LOGITS, TARGET.to("meta")), "meta"),
+    "text for smoothing": (lambda f: f(LOGITS, TARGET, label_smoothing="much"), "str"),
+    "float for ignore_index": (lambda f: f(LOGITS, TARGET, ignore_index=0.5), "float"),
+    "unknown option": (lambda f: f(LOGITS, TARGET, smoothing=0.1), "smoothing"),
+    "no arguments": (lambda f: f(), "argument"),
+}
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_like_torch(name: str, needs_grad: bool) -> None:
+    """Torch's exception types; where torch accepts, so do we, with the same result."""
+    call, subject = BAD[name]
+    kept = [t.clone() for t in (LOGITS, IMAGE, TARGET, MASK)]
+
+    def outcome(function: Loss) -> Tensor | Exception:
+        def traced(*args: Any, **kwargs: Any) -> Tensor:
+            if needs_grad and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                args = (args[0].detach().requires_grad_(), *args[1:])
+            return function(*args, **kwargs)
+
+        try:
+            return call(traced).detach()
+        except Exception as refusal:
+            return refusal
+
+    ours, theirs = outcome(F.cross_entropy), outcome(native.cross_entropy)
+    if isinstance(theirs, Tensor):
+        assert isinstance(ours, Tensor), f"torch accepts this: {ours!r}"
+        torch.testing.assert_close(ours, theirs)
+    else:
+        assert type(ours) is type(theirs), f"{ours!r} instead of {theirs!r}"
+        assert re.search(subject, str(ours)), f"{ours} does not speak of {subject}"
+    identical([LOGITS, IMAGE, TARGET, MASK], kept)
+
+
+ODD_BUT_ACCEPTED: dict[str, Callable[[Loss], Tensor]] = {
+    "negative smoothing": lambda f: f(LOGITS, TARGET, label_smoothing=-0.1),
+    "negative smoothing, probabilities": lambda f: f(LOGITS, PROBABILITIES, label_smoothing=-0.1),
+    "NaN smoothing": lambda f: f(LOGITS, TARGET, label_smoothing=math.nan),
+    "double probabilities": lambda f: f(LOGITS, PROBABILITIES.double()),
+    "half probabilities": lambda f: f(LOGITS, PROBABILITIES.half()),
+    "float probabilities, bf16 logits": lambda f: f(LOGITS.bfloat16(), PROBABILITIES),
+    "double weight, probabilities": lambda f: f(LOGITS, PROBABILITIES, WEIGHT.double()),
+    "half weight, probabilities": lambda f: f(LOGITS, PROBABILITIES, WEIGHT.half()),
+    "long weight, probabilities": lambda f: f(LOGITS, PROBABILITIES, WEIGHT.long()),
+    "integer smoothing": lambda f: f(LOGITS, TARGET, label_smoothing=1),
+    "strided weight": lambda f: f(LOGITS, TARGET, torch.rand(5, 2)[:, 1]),
+    "expanded weight": lambda f: f(LOGITS, TARGET, torch.tensor(2.0).expand(5)),
+    "negated view": lambda f: f(torch._neg_view(LOGITS), TARGET),
+    "ignored byte": lambda f: f(LOGITS, torch.tensor([0, 255, 1]).byte(), ignore_index=255),
+}
+
+
+@pytest.mark.parametrize("name", ODD_BUT_ACCEPTED)
+def test_odd_input_that_torch_accepts(name: str) -> None:
+    call = ODD_BUT_ACCEPTED[name]
+    state = torch.get_rng_state()
+    results = []
+    for function in (F.cross_entropy, native.cross_entropy):
+        torch.set_rng_state(state)
+        logits_grads: list[Tensor] = []
+
+        def traced(logits: Tensor, *args: Any, f: Loss = function, **kwargs: Any) -> Tensor:
+            leaf = logits.detach().requires_grad_()
+            loss = f(leaf, *args, **kwargs)
+            logits_grads.extend(torch.autograd.grad(loss.sum(), leaf))  # noqa: B023
+            return loss.detach()
+
+        results.append((call(traced), logits_grads))
+    eps = 0.02 if "bf16" in name else 1e-6  # torch computes these log-probabilities in bfloat16
+    torch.testing.assert_close(*results, rtol=eps, atol=eps, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [3, 100, 5000])
+def test_class_out_of_range_names_value_and_row(rows: int, device: str) -> None:
+    target = torch.randint(7, (rows,), device=device)
+    target[rows - 2] = 4242
+    for classes, options in ((7, {}), (300, {"reduction": "none"}), (7, {"label_smoothing": 0.1})):
+        with pytest.raises(IndexError, match=rf"(?s)4242.*{rows - 2}|{rows - 2}.*4242"):
+            F.cross_entropy(torch.randn(rows, classes, device=device), target, **options)
+    logits = torch.randn(rows, 7, device=device)
+    torch.testing.assert_close(
+        F.cross_entropy(logits, target.clamp(max=6)),
+        native.cross_entropy(logits, target.clamp(max=6)),
+    )
+
+
+def test_byte_masks_of_images_are_right_or_refused() -> None:
+    """Torch refuses them; accepting them is a freedom, being wrong is not."""
+    try:
+        loss = F.cross_entropy(IMAGE, MASK.byte())
+    except RuntimeError as refusal:
+        assert "Byte" in str(refusal)
+    else:
+        torch.testing.assert_close(loss, native.cross_entropy(IMAGE, MASK))
