@@ -19,9 +19,9 @@ namespace {
 
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
 
-// Above this many classes the row walk is faster even for adjacent classes: its horizontal
-// reductions cost less than two transpositions (measured between 48 and 96 on AVX-512).
-constexpr std::int64_t kMaxTileClasses = 64;
+// Above this many classes the row walk is faster even where classes are adjacent: two transpositions
+// cost more than a row's horizontal reductions (the times cross between 100 and 128 on AVX-512).
+constexpr std::int64_t kMaxTileClasses = 112;
 // Below this many rows a tile is mostly empty.
 constexpr std::int64_t kMinTileRows = 4;
 
@@ -278,13 +278,6 @@ struct Problem {
     A upstream(std::int64_t row) const {
         return gradient_scale * grad_output[row * args.grad_output_stride];
     }
-    void write_row_loss(std::int64_t row, A loss) const {
-        dispatch(args.loss_dtype, [&](auto tag) {
-            using Loss = typename decltype(tag)::type;
-            static_cast<Loss*>(args.row_losses)[row] =
-                from_acc<Loss>(static_cast<acc_t<Loss>>(loss));
-        });
-    }
     bool walks_by_row() const {
         bool const adjacent = args.logits_class_stride == 1 &&
                               (grad == nullptr || args.grad_class_stride == 1) &&
@@ -308,6 +301,14 @@ Problem<T, Dense> make_problem(const Args& args, Dense dense) {
             static_cast<const A*>(args.grad_output),
             {args.logits_row_strides[last], args.grad_row_strides[last],
              args.target_row_strides[last]}};
+}
+
+// Out of line: once per row, and the kernels need not be compiled for every dtype of a loss.
+__attribute__((noinline)) void write_row_loss(const Args& args, std::int64_t row, double loss) {
+    dispatch(args.loss_dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        static_cast<T*>(args.row_losses)[row] = from_acc<T>(static_cast<acc_t<T>>(loss));
+    });
 }
 
 // ---- Row walk: the two directions ----
@@ -344,7 +345,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             T* const grad = p.grad ? p.grad + at.grad + i * p.stride.grad : nullptr;
             if (p.ignored(row)) {
                 if (grad) zero_row(grad, classes);
-                if (args.row_losses) p.write_row_loss(row, A{});
+                if (args.row_losses) write_row_loss(args, row, 0.0);
                 if (p.stats) p.stats[2 * row] = p.stats[2 * row + 1] = A{};
                 continue;
             }
@@ -370,7 +371,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
                 p.stats[2 * row + 1] = scale;
             }
             if (args.row_losses) {
-                p.write_row_loss(row, loss);
+                write_row_loss(args, row, static_cast<double>(loss));
             } else {
                 total += static_cast<double>(loss);
             }
@@ -595,7 +596,7 @@ double forward_by_tile(const Problem<T, Dense>& p, TileDense tile_dense, std::in
             loss = truth.live ? loss : Vec<A>{};
             Vec<A> const scale = softmax_scale(target_sum, exp_sum);
             if (args.row_losses) {
-                for (int r = 0; r < n; ++r) p.write_row_loss(row + r, loss[r]);
+                for (int r = 0; r < n; ++r) write_row_loss(args, row + r, static_cast<double>(loss[r]));
             } else {
                 total.add(loss);
             }

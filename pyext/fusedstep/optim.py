@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import _profiler_enabled
+from torch._C._autograd import _profiler_enabled
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import (
     Optimizer,
@@ -45,13 +46,14 @@ def _profile_hook_step(step: _Step) -> _Step:
     """
     profiled = Optimizer.profile_hook_step(step)
     traced = Optimizer.profile_hook_step(_torch_step)
-    untraced = torch._disable_dynamo(profiled)
+    untraced = _disable_dynamo(profiled)
 
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         optimizer = args[0]
         if is_dynamo_compiling():
-            if any(group["fused"] for group in optimizer.param_groups):
+            fused = any(group["fused"] for group in optimizer.param_groups)
+            if fused or hasattr(optimizer, "grad_scale"):
                 return untraced(*args, **kwargs)
             return traced(*args, **kwargs)
         if (
@@ -171,9 +173,8 @@ class SGD(torch.optim.SGD):
                 self.state[param]["momentum_buffer"] = buffer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set the gradient of every parameter to None, or to zero where ``set_to_none`` is False."""
+        """Set every gradient to None, or to zero where ``set_to_none`` is False."""
         if set_to_none and not is_dynamo_compiling() and not _profiler_enabled():
             _C.sgd_zero_grad(self.param_groups)
         else:
             super().zero_grad(set_to_none)
-
