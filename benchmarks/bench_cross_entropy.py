@@ -127,7 +127,7 @@ class Options(cli.BenchmarkOptions):
 
 
 def case(size: str) -> Case:
-    shape = cli.positive_integers("a size like 64x10", size, separator="x")
+    shape = cli.positive_integers("--sizes", size, separator="x")
     if len(shape) != 2:
         raise cli.Refusal(f"--sizes takes sizes like 64x10, not {size!r}")
     return Case("x".join(map(str, shape)), tuple(shape))

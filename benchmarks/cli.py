@@ -88,7 +88,7 @@ def require_range(least: float, most: float = math.inf, **values: float | None) 
             raise Refusal(f"--{name.replace('_', '-')} must be {limits}, not {value}")
 
 
-def require_threads(threads: int | None) -> None:
+def require_threads(threads: int) -> None:
     require_range(1, MAX_THREADS, threads=threads)
 
 

@@ -31,9 +31,7 @@ from timing import Spread
 T = TypeVar("T")
 Row = TypeVar("Row")
 
-MIN_COLUMN_WIDTH = 7
-seconds = EngFormatter(unit="s", places=2)
-PLAIN_WIDTH = 160  # where the output is a file or a pipe, which has no width of its own
+PLAIN_WIDTH = 160  # of a file or a pipe, which has no width of its own
 
 console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
 
@@ -72,14 +70,14 @@ def show(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence
 
 
 def stream(columns: Mapping[str, Callable[[Row], str]]) -> Callable[[Row], None]:
-    """A function that prints one row, for a table whose rows come minutes apart."""
+    """A function that prints one row, for a table whose rows come far apart in time."""
     header_due = True
 
     def print_row(row: Row) -> None:
         nonlocal header_due
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header_due)
         for header in columns:
-            width = max(MIN_COLUMN_WIDTH, *map(len, header.split("\n")))
+            width = max(map(len, header.split("\n")))
             table.add_column(header, justify="right", width=width)
         table.add_row(*(cell(row) for cell in columns.values()))
         console.print(table)
@@ -118,6 +116,9 @@ def progress_bar() -> Progress:
 def progress(work: Sequence[T]) -> Iterator[T]:
     with progress_bar() as bar:
         yield from bar.track(work, description="measuring")
+
+
+seconds = EngFormatter(unit="s", places=2)
 
 
 def factor(value: float) -> str:

@@ -1,8 +1,8 @@
 """Trains a CNN with torch's own loss and optimizer and with fusedstep's, and compares the two.
 
 training.py says how the comparison is made. For each epoch a row: the running losses and their
-relative difference, the accuracies on the test images, the median times per step, and how many
-times as fast fusedstep is (the median over pairs of steps on the same batch).
+relative difference, the accuracies on the test images, the median times per step, and the native
+time over the fused one (the median over pairs of steps on the same batch).
 """
 
 import sys
@@ -11,32 +11,34 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import torch
-
 import cli
 import plot
 import report
 from models import NETWORKS
-from timing import Spread
-from training import Config, Epoch, Result, train
+from timing import Measurement, Spread
+from training import IMPLEMENTATIONS, Config, Epoch, Result, train
 
 Cell = Callable[[Epoch], str]
 
 
 def columns(config: Config) -> dict[str, Cell]:
     def each(header: str, cell: Callable[[str, Epoch], str]) -> dict[str, Cell]:
-        return {f"{header}\n{name}": partial(cell, name) for name in config.implementations}
+        return {f"{header}{name}": partial(cell, name) for name in config.implementations}
 
     both = config.implementation == "both"
     table: dict[str, Cell] = {"epoch": lambda epoch: str(epoch.number)}
-    table |= each("loss", lambda name, epoch: f"{epoch.losses[name]:.6g}")
+    table |= each("running\nloss ", lambda name, epoch: f"{epoch.losses[name]:.6g}")
     if both:
-        table["relative\ndifference"] = lambda epoch: f"{epoch.loss_difference:.1e}"
-    table |= each("accuracy", lambda name, epoch: f"{epoch.accuracies[name]:.1%}")
-    table |= each("step", lambda name, epoch: report.seconds(epoch.steps.time(name).median))
+        table["relative\ndiff."] = lambda epoch: f"{epoch.loss_difference:.1e}"
+    table |= each("accuracy\n", lambda name, epoch: f"{epoch.accuracies[name]:.1%}")
+    table |= each("ms/step\n", lambda name, epoch: f"{1e3 * epoch.steps.time(name).median:.2f}")
     if both:
-        table["speed-up"] = lambda epoch: f"{epoch.steps.ratio('native', 'fused').median:.2f}"
+        table["native\n/ fused"] = lambda epoch: report.factor(speedup(epoch.steps).median)
     return table
+
+
+def speedup(steps: Measurement) -> Spread:
+    return steps.ratio("native", "fused")
 
 
 def summary(result: Result) -> list[str]:
@@ -46,24 +48,23 @@ def summary(result: Result) -> list[str]:
         for name in result.config.implementations
     ]
     if result.config.implementation == "both":
-        lines.append(f"speed-up: {report.spread(steps.ratio('native', 'fused'), report.factor)}")
+        lines.append(f"speed-up: {report.spread(speedup(steps), report.factor)}")
     loading = report.seconds(Spread.of(result.loading).median)
     return [*lines, f"loading a batch, outside the steps: {loading}"]
 
 
 def title(config: Config) -> str:
-    threads = config.threads or torch.get_num_threads()
+    contenders = [IMPLEMENTATIONS[name]().title for name in config.implementations]
     settings = [
         f"{NETWORKS[config.model].title} on {config.data}",
         f"batch {config.batch_size}",
         f"lr {config.lr:g}",
         f"momentum {config.momentum:g}{' (Nesterov)' if config.nesterov else ''}",
+        f"weight decay {config.weight_decay:g}",
         config.dtype,
-        "CUDA" if config.device == "cuda" else f"CPU threads {threads}",
+        "CUDA" if config.device == "cuda" else f"CPU threads: {config.threads}",
     ]
-    if config.weight_decay:
-        settings.insert(-2, f"weight decay {config.weight_decay:g}")
-    return ", ".join(settings)
+    return f"{' and '.join(contenders)}\n{', '.join(settings)}"
 
 
 @contextmanager

@@ -114,9 +114,7 @@ class Config:
         "float32"
     )
     device: Annotated[Literal["cpu", "cuda"], Option(help="Where to train.")] = "cpu"
-    threads: Annotated[
-        int | None, Option(help="CPU threads that torch may use.", show_default="torch's choice")
-    ] = None
+    threads: Annotated[int, Option(help="CPU threads that torch may use.")] = 1
     seed: Annotated[int, Option(help="Of the weights and of the order of the images.")] = 0
     tensorboard: Annotated[
         Path | None, Option(help="Write TensorBoard event files to this folder.")
@@ -193,10 +191,10 @@ def train(
 
     The callbacks run outside the timed steps: on_step(steps done, steps in all), on_epoch(epoch).
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads)
     trainers = _trainers(config)
     training, test = _batches(config)
+    turns = list(trainers)
     epochs = []
     for number in range(1, config.epochs + 1):
         running_losses = {
@@ -205,7 +203,6 @@ def train(
         }
         seconds: dict[str, list[float]] = {name: [] for name in trainers}
         loading = []
-        turns = list(trainers)
         loaded = _on_device(training, config)
         for index in range(len(training)):
             (images, labels), took = timed(partial(next, loaded), config.device)

@@ -6,6 +6,7 @@
 
 #include "core/cpu_level.h"
 #include "cross_entropy/binding.h"
+#include "sgd/binding.h"
 
 namespace py = pybind11;
 
@@ -51,6 +52,8 @@ void register_node_type(const std::type_info& node, const char* name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "fusedstep's compiled core.";
     m.def("cross_entropy", &cross_entropy);
+    m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
+    m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
     m.def("cpu_capability", [] { return fusedstep::cpu_level_name(fusedstep::cpu_level()); });
     register_node_type(backward_node_type(), "CrossEntropyBackward0");
 }

@@ -17,10 +17,10 @@ from torch import Tensor
 class CrossEntropy:
     """A loss, its gradients, and the scale on which each value's rounding error is measured.
 
-    The loss and the gradient are sums of terms that may cancel. `loss_scale` and `grad_scale` are
-    the same sums over absolute values: an error of one unit in the last place of every term is
-    about `eps * scale`, however small the result. An error divided by its scale is therefore a
-    number of roundings, comparable across elements, shapes and reductions.
+    The loss and the gradient are sums of terms that may cancel, and a probability is known only as
+    well as the exponent it comes from. `loss_scale` and `grad_scale` are the same sums over the
+    absolute values of terms and exponents: an error divided by its scale and by eps is a number of
+    roundings, comparable across elements, shapes and reductions.
     """
 
     loss: Tensor
@@ -75,11 +75,8 @@ def cross_entropy(
     log_p = shifted - log_sum
     p = log_p.exp()
 
-    def weigh(terms: Tensor) -> Tensor:
-        return torch.where(wq == 0, 0.0, wq * terms).sum(1)
-
-    row_loss = weigh(-log_p)
-    row_scale = weigh(shifted.abs() + log_sum + 1).abs()
+    row_loss = torch.where(wq == 0, 0.0, wq * -log_p).sum(1)
+    row_scale = torch.where(wq == 0, 0.0, wq.abs() * (shifted.abs() + log_sum + 1)).sum(1)
 
     reduced = {"none": lambda rows: rows.reshape(rows_shape), "sum": torch.sum}
     reduced["mean"] = lambda rows: rows.sum() / denominator
@@ -89,9 +86,9 @@ def cross_entropy(
         g = g / denominator
 
     ignored = ~counts[:, None]
-    mass = wq.sum(1, keepdim=True)
-    grad = (g * (p * mass - wq)).masked_fill(ignored, 0.0)
-    grad_scale = (g * (p * mass.abs() + wq.abs())).abs().masked_fill(ignored, 0.0)
+    grad = (g * (p * wq.sum(1, keepdim=True) - wq)).masked_fill(ignored, 0.0)
+    p_scale = p * (1 + shifted.abs().clamp(max=1e3)) * wq.abs().sum(1, keepdim=True)
+    grad_scale = (g * (p_scale + wq.abs())).abs().masked_fill(ignored, 0.0)
     target_grad = as_given(-g * w * (1 - label_smoothing) * log_p) if is_probability else None
     return CrossEntropy(
         reduced[reduction](row_loss),

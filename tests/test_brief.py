@@ -244,10 +244,10 @@ def epochs(
 @pytest.mark.parametrize(
     "name, count, batch_size, options",
     [
-        ("lenet", 256, 16, {"lr": 0.01}),
-        ("lenet", 256, 32, {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}),
-        ("cifar-one-head", 24, 8, {"lr": 0.01}),
-        ("cifar", 24, 8, {"lr": 0.01, "momentum": 0.9}),
+        ("lenet", 128, 16, {"lr": 0.01}),
+        ("lenet", 128, 32, {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}),
+        ("cifar-one-head", 16, 8, {"lr": 0.01}),
+        ("cifar", 16, 8, {"lr": 0.01, "momentum": 0.9}),
     ],
 )
 def test_twenty_epochs_follow_native(

@@ -11,7 +11,6 @@
 // underflows: loss scaling must act before rounding), and bfloat16 when grad_output is not a power
 // of two (a second rounding).
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
@@ -35,6 +34,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/huge_pages.h"
 #include "cross_entropy/binding.h"
 #include "cross_entropy/cross_entropy.h"
 #include "torch_glue/node.h"
@@ -241,6 +241,13 @@ struct KernelArgs {
     }
 };
 
+// Memory for a gradient, strided as the logits are where they are dense.
+Tensor empty_gradient(const Tensor& logits) {
+    Tensor grad = at::empty_like(logits);
+    prefer_huge_pages(grad.mutable_data_ptr(), grad.nbytes());
+    return grad;
+}
+
 // ---- CPU: fixed chunks of rows, any number of threads ----
 
 // Calls f(chunk, first row, end row) for every chunk, in parallel where there is enough work.
@@ -294,7 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
                                                at::ScalarType loss_dtype, bool with_grad,
                                                bool with_stats) {
     auto const reduction = static_cast<Reduction>(reduction_);
-    Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();
+    Tensor const grad = with_grad ? empty_gradient(logits) : Tensor();
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
     Args& args = kernel.args;
 
@@ -334,7 +341,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
                     const OptionalTensor& weight, std::int64_t ignore_index, double label_smoothing,
                     const Tensor& stats) {
-    Tensor const grad = at::empty_like(logits);
+    Tensor const grad = empty_gradient(logits);
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
     Args& args = kernel.args;
     Tensor const upstream =

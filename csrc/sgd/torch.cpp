@@ -180,7 +180,7 @@ private:
     std::vector<Entry> entries_;
     std::vector<Tensors> tensors_;  // one per entry
     std::vector<NewBuffer> new_buffers_;
-    std::int64_t chunks_ = 0; Py_ssize_t pos_ = 0;
+    std::int64_t chunks_ = 0;
 };
 
 py::list StepPlan::add_group(PyObject* group) {
@@ -207,8 +207,7 @@ bool StepPlan::add(const py::object& param_object, bool with_momentum) {
 
     Tensor buffer;
     if (with_momentum) {
-        PyObject *k_, *v_; Py_ssize_t pp = pos_; PyObject* of_param;
-        if (PyDict_Next(state_.ptr(), &pp, &k_, &v_) && k_ == param_object.ptr()) { of_param = v_; pos_ = pp; } else of_param = find(state_.ptr(), param_object.ptr());
+        PyObject* const of_param = find(state_.ptr(), param_object.ptr());
         if (of_param && !PyDict_Check(of_param)) return false;
         PyObject* const found = of_param ? find(of_param, keys().momentum_buffer) : nullptr;
         if (found && found != Py_None) {

@@ -40,9 +40,10 @@ if getattr(_torch_step, "hooked", False):
 
 
 def _profile_hook_step(step: _Step) -> _Step:
-    """Do what :meth:`Optimizer.profile_hook_step` does, at no cost while nobody listens.
+    """Do what :meth:`Optimizer.profile_hook_step` does, and just the update where that is all.
 
-    Where the step is traced by ``torch.compile``, torch's own, which is made for it, stands in.
+    Under ``torch.compile`` torch's own step, which is made to be traced, takes the place of ours;
+    but its fused one is not, and ours then runs outside the graph.
     """
     profiled = Optimizer.profile_hook_step(step)
     traced = Optimizer.profile_hook_step(_torch_step)
@@ -50,21 +51,31 @@ def _profile_hook_step(step: _Step) -> _Step:
 
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        optimizer = args[0]
+        self = args[0]
         if is_dynamo_compiling():
-            fused = any(group["fused"] for group in optimizer.param_groups)
-            if fused or hasattr(optimizer, "grad_scale"):
-                return untraced(*args, **kwargs)
-            return traced(*args, **kwargs)
+            fused = any(group["fused"] for group in self.param_groups)
+            return (untraced if fused or hasattr(self, "grad_scale") else traced)(*args, **kwargs)
         if (
-            optimizer._optimizer_step_pre_hooks
-            or optimizer._optimizer_step_post_hooks
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
             or _profiler_enabled()
-        ) and type(optimizer).step is wrapper:  # else torch has wrapped the subclass's own step
-            return profiled(*args, **kwargs)
-        return step(*args, **kwargs)
+        ):
+            # The step of a subclass that calls this one has been wrapped by torch.
+            return (profiled if type(self).step is wrapper else step)(*args, **kwargs)
+        if (
+            len(args) > 1
+            or kwargs
+            or "grad_scale" in self.__dict__
+            or "found_inf" in self.__dict__
+            or self.defaults["differentiable"]
+        ):
+            return step(*args, **kwargs)
+        left = _C.sgd_step(self.param_groups, self.state, 1.0)
+        if left:
+            self._step_by_torch(left)
+        return None
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # tells Optimizer not to wrap it again
     return wrapper  # type: ignore[return-value]
@@ -136,41 +147,46 @@ class SGD(torch.optim.SGD):
         grad_scale: Tensor | None = self.__dict__.get("grad_scale")
         scale = 1.0 if grad_scale is None else float(grad_scale)
         if self.defaults["differentiable"]:
-            for group in self.param_groups:
-                params = [p for p in group["params"] if p.grad is not None]
-                self._step_by_torch(group, params, scale)
+            left = [
+                (group, [p for p in group["params"] if p.grad is not None])
+                for group in self.param_groups
+            ]
         else:
-            for group, params in _C.sgd_step(self.param_groups, self.state, scale):
-                self._step_by_torch(group, params, scale)
+            left = _C.sgd_step(self.param_groups, self.state, scale)
+        self._step_by_torch(left, scale)
         return loss
 
-    def _step_by_torch(self, group: dict[str, Any], params: list[Tensor], scale: float) -> None:
-        """Update those parameters of a group that the kernels do not cover."""
-        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        with torch.no_grad():
-            for grad in grads if scale != 1.0 else []:
-                grad.div_(scale)
-        has_momentum = group["momentum"] != 0
-        buffers: list[Tensor | None] = [
-            self.state[p].get("momentum_buffer") if has_momentum else None for p in params
-        ]
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
-            sgd(
-                params,
-                grads,
-                buffers,
-                has_sparse_grad=any(grad.is_sparse for grad in grads),
-                foreach=group["foreach"],
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-            )
-        if has_momentum:
-            for param, buffer in zip(params, buffers, strict=True):
-                self.state[param]["momentum_buffer"] = buffer
+    def _step_by_torch(
+        self, left: list[tuple[dict[str, Any], list[Tensor]]], grad_scale: float = 1.0
+    ) -> None:
+        """Update, group by group, those parameters that the kernels do not cover."""
+        for group, params in left:
+            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+            if grad_scale != 1.0:
+                with torch.no_grad():
+                    for grad in grads:
+                        grad.div_(grad_scale)
+            has_momentum = group["momentum"] != 0
+            buffers: list[Tensor | None] = [
+                self.state[p].get("momentum_buffer") if has_momentum else None for p in params
+            ]
+            with torch.set_grad_enabled(self.defaults["differentiable"]):
+                sgd(
+                    params,
+                    grads,
+                    buffers,
+                    has_sparse_grad=any(grad.is_sparse for grad in grads),
+                    foreach=group["foreach"],
+                    weight_decay=group["weight_decay"],
+                    momentum=group["momentum"],
+                    lr=group["lr"],
+                    dampening=group["dampening"],
+                    nesterov=group["nesterov"],
+                    maximize=group["maximize"],
+                )
+            if has_momentum:
+                for param, buffer in zip(params, buffers, strict=True):
+                    self.state[param]["momentum_buffer"] = buffer
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set every gradient to None, or to zero where ``set_to_none`` is False."""
