@@ -50,7 +50,9 @@ def build_info() -> str:
         "machine": platform.machine(),
     }
     lines = [f"{name} = {value!r}" for name, value in facts.items()]
-    return "\n".join(['"""What this build of fusedstep was made for. Written by setup.py."""', *lines, ""])
+    return "\n".join(
+        ['"""What this build of fusedstep was made for. Written by setup.py."""', *lines, ""]
+    )
 
 
 class BuildFusedstep(BuildExtension):

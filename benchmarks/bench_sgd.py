@@ -116,7 +116,7 @@ def columns() -> dict[str, Callable[[Row], str]]:
         "fusedstep": lambda row: report.seconds(row.ours.median),
         **{f"{name}\n/ ours": partial(speedup, name) for name in BASELINES},
         "floor": lambda row: report.seconds(row.floor.median),
-        "ours\n– floor": lambda row: f"{1e6 * (row.ours.median - row.floor.median):,.1f} µs",
+        "ours\n– floor": lambda row: report.seconds(row.ours.median - row.floor.median),
         "share of\nbandwidth": lambda row: f"{row.bandwidth.median:.0%}",
     }
 

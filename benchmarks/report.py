@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import torch
 from matplotlib.ticker import EngFormatter
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import Progress
 from rich.table import Table
 
@@ -31,7 +31,7 @@ from timing import Spread
 T = TypeVar("T")
 Row = TypeVar("Row")
 
-PLAIN_WIDTH = 160  # of a file or a pipe, which has no width of its own
+PLAIN_WIDTH = 200  # of a file or a pipe, which has no width of its own
 
 console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
 
@@ -63,7 +63,8 @@ def _cpu_model() -> str:
 def show(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> None:
     table = Table(title=title, title_justify="left")
     for header in columns:
-        table.add_column(header, justify="left" if header == next(iter(columns)) else "right")
+        justify: JustifyMethod = "left" if header == next(iter(columns)) else "right"
+        table.add_column(header, justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(cell(row) for cell in columns.values()))
     console.print(table)
@@ -78,7 +79,7 @@ def stream(columns: Mapping[str, Callable[[Row], str]]) -> Callable[[Row], None]
         table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header_due)
         for header in columns:
             width = max(map(len, header.split("\n")))
-            table.add_column(header, justify="right", width=width)
+            table.add_column(header, justify="right", overflow="fold", width=width)
         table.add_row(*(cell(row) for cell in columns.values()))
         console.print(table)
         header_due = False

@@ -51,7 +51,7 @@ void register_node_type(const std::type_info& node, const char* name) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "fusedstep's compiled core.";
-    m.def("cross_entropy", &cross_entropy);
+    m.def("cross_entropy", torch::wrap_pybind_function(&cross_entropy));
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
     m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
     m.def("cpu_capability", [] { return fusedstep::cpu_level_name(fusedstep::cpu_level()); });

@@ -243,12 +243,12 @@ def config(**settings: object) -> training.Config:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("model", NETWORKS)
 def test_both_implementations_train_alike(model: str, dtype: str) -> None:
-    result = training.train(config(model=model, dtype=dtype, momentum=0.9, weight_decay=1e-3))
+    result = training.train(config(model=model, dtype=dtype, lr=0.01, weight_decay=1e-3))
     first, last = result.epochs
     for epoch in result.epochs:
         assert epoch.loss_difference <= (1e-5 if dtype == "float32" else 1e-12)
-        assert epoch.accuracies["native"] == epoch.accuracies["fused"]
-        assert 0 <= epoch.accuracies["fused"] <= 1
+        assert epoch.accuracies["fused"] == pytest.approx(epoch.accuracies["native"], abs=0.01)
+        assert 0 < epoch.accuracies["fused"] < 1
         assert len(epoch.loading) == 3
     assert last.losses["native"] < first.losses["native"]
     assert [len(epoch.steps.seconds["fused"]) for epoch in result.epochs] == [1, 3]

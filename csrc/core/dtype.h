@@ -111,7 +111,8 @@ FUSEDSTEP_HD float16 from_acc<float16>(float x) {  // round to nearest even
     if (magnitude < 0x38800000u) {
         // Subnormal: adding 0.5 aligns the float16 bits at the end of the float's mantissa.
         float const aligned = bit_cast<float>(magnitude) + 0.5f;
-        return {static_cast<std::uint16_t>(sign | (bit_cast<std::uint32_t>(aligned) - 0x3f000000u))};
+        return {
+            static_cast<std::uint16_t>(sign | (bit_cast<std::uint32_t>(aligned) - 0x3f000000u))};
     }
     std::uint32_t const rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
     return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};

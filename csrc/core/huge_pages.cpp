@@ -13,7 +13,8 @@ void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size
     constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
     constexpr std::size_t kWorthwhile = std::size_t{8} << 20;
     if (bytes < kWorthwhile) return;
-    std::uintptr_t const begin = (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);
+    std::uintptr_t const begin =
+        (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);
     std::uintptr_t const end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) & ~(kPage - 1);
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif

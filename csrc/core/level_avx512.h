@@ -3,7 +3,7 @@
 #define FUSEDSTEP_LEVEL avx512
 #define FUSEDSTEP_VECTOR_BYTES 64
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
     apply_to = function)
 #else

@@ -1,6 +1,6 @@
-// One walk over many tensors. Every tensor is cut into chunks of kChunk elements (its last one may be
-// shorter), chunks are numbered through the whole list, and a worker takes a range of numbers. Where
-// a tensor is cut depends on nothing but its size.
+// One walk over many tensors. Every tensor is cut into chunks of kChunk elements (its last one may
+// be shorter), chunks are numbered through the whole list, and a worker takes a range of numbers.
+// Where a tensor is cut depends on nothing but its size.
 #pragma once
 
 #include <cstdint>

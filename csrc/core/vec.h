@@ -223,10 +223,10 @@ FUSEDSTEP_VEC A reduce_sum(Vec<A> v) {
 template <class A, int step, int... lane>
 FUSEDSTEP_VEC void exchange_blocks(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, lane...>) {
     constexpr int n = kLanes<A>;
-    Vec<A> const upper = __builtin_shuffle(
-        a, b, VecInt<A>{((lane & step) ? n + lane - step : lane)...});
-    Vec<A> const lower = __builtin_shuffle(
-        a, b, VecInt<A>{((lane & step) ? n + lane : lane + step)...});
+    Vec<A> const upper =
+        __builtin_shuffle(a, b, VecInt<A>{((lane & step) ? n + lane - step : lane)...});
+    Vec<A> const lower =
+        __builtin_shuffle(a, b, VecInt<A>{((lane & step) ? n + lane : lane + step)...});
     a = upper;
     b = lower;
 }

@@ -7,8 +7,8 @@
 namespace fusedstep::FUSEDSTEP_LEVEL {
 
 // exp(x) for x <= 88 (float) or x <= 709 (double); 0 where the result would be subnormal, NaN for
-// NaN. x = n ln2 + r with |r| <= ln2/2, found by adding 1.5 * 2^23 (2^52): the sum's low bits hold n
-// plus the exponent bias, and one shift turns them into 2^n.
+// NaN. x = n ln2 + r with |r| <= ln2/2, found by adding 1.5 * 2^23 (2^52): the sum's low bits hold
+// n plus the exponent bias, and one shift turns them into 2^n.
 FUSEDSTEP_VEC VecF exp(VecF x) {
     VecF const magic = broadcast(12582912.0f + 127.0f);
     VecF const shifted = fmadd(x, broadcast(1.44269504088896341f), magic);

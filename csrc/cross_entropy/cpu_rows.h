@@ -3,8 +3,8 @@
 //   row   one row at a time, vector lanes along the classes: rows with unit class stride and many
 //         classes. Three passes over a row that stays in cache: maximum; exp and sums; gradient.
 //   tile  kLanes rows at a time, one row per lane: few classes, or classes that are not adjacent in
-//         memory (N, C, H, W). A tile is packed into scratch class by class (transposed in registers
-//         when classes are adjacent), computed, and unpacked.
+//         memory (N, C, H, W). A tile is packed into scratch class by class (transposed in
+//         registers when classes are adjacent), computed, and unpacked.
 //
 // Neither walk reads or writes outside the rows it is given.
 #pragma once
@@ -19,8 +19,9 @@ namespace {
 
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
 
-// Above this many classes the row walk is faster even where classes are adjacent: two transpositions
-// cost more than a row's horizontal reductions (the times cross between 100 and 128 on AVX-512).
+// Above this many classes the row walk is faster even where classes are adjacent: two
+// transpositions cost more than a row's horizontal reductions (the times cross between 100 and 128
+// on AVX-512).
 constexpr std::int64_t kMaxTileClasses = 112;
 // Below this many rows a tile is mostly empty.
 constexpr std::int64_t kMinTileRows = 4;
@@ -85,8 +86,8 @@ struct ProbabilityDense {
 
     FUSEDSTEP_VEC Vec<A> along_classes(std::int64_t c) const {
         return probability_coefficient(load(target + c),
-                                       weight ? load(weight + c) : broadcast(A{1}),
-                                       broadcast(keep), broadcast(smoothing_per_class));
+                                       weight ? load(weight + c) : broadcast(A{1}), broadcast(keep),
+                                       broadcast(smoothing_per_class));
     }
     FUSEDSTEP_VEC Vec<A> along_classes_partial(std::int64_t c, std::int64_t n) const {
         return probability_coefficient(load_partial(target + c, n),
@@ -132,24 +133,25 @@ acc_t<T> row_max(const T* x, std::int64_t classes) {
 // rounding grows with the logarithm of a long row rather than with its length.
 template <bool kStore, class T, class Dense>
 ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximum,
-                                         const Dense& dense, acc_t<T>* e) {
+                           const Dense& dense, acc_t<T>* e) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     constexpr std::int64_t kBlock = 64 * 4 * L;
     Vec<A> const m = broadcast(row_maximum);
     Vec<A> exp_sum{}, target_sum{}, target_dot{};
 
-    auto one = [&](std::int64_t c, Vec<A>& s, Vec<A>& u_sum, Vec<A>& u_dot) __attribute__((always_inline)) {
-        Vec<A> const shifted = load(x + c) - m;
-        Vec<A> const v = exp(shifted);
-        if constexpr (kStore) store(e + c, v);
-        s += v;
-        if constexpr (Dense::kDense) {
-            Vec<A> const u = dense.along_classes(c);
-            u_sum += u;
-            u_dot = fmadd(u, shifted, u_dot);
-        }
-    };
+    auto one = [&](std::int64_t c, Vec<A>& s, Vec<A>& u_sum, Vec<A>& u_dot)
+                   __attribute__((always_inline)) {
+                       Vec<A> const shifted = load(x + c) - m;
+                       Vec<A> const v = exp(shifted);
+                       if constexpr (kStore) store(e + c, v);
+                       s += v;
+                       if constexpr (Dense::kDense) {
+                           Vec<A> const u = dense.along_classes(c);
+                           u_sum += u;
+                           u_dot = fmadd(u, shifted, u_dot);
+                       }
+                   };
 
     std::int64_t c = 0;
     while (c + 4 * L <= classes) {
@@ -186,11 +188,11 @@ ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximu
     }
 }
 
-// grad_c = value(c) * scale - u_c * gradient_scale, where value is exp(x_c - m), read or recomputed.
+// grad_c = value(c) * scale - u_c * gradient_scale, where value is exp(x_c - m), read or
+// recomputed.
 template <class T, class Dense, class Value, class ValuePartial>
 void gradient_pass(std::int64_t classes, acc_t<T> scale, const Dense& dense,
-                                 acc_t<T> gradient_scale, T* grad, Value value,
-                                 ValuePartial value_partial) {
+                   acc_t<T> gradient_scale, T* grad, Value value, ValuePartial value_partial) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     Vec<A> const k = broadcast(scale);
@@ -318,8 +320,8 @@ __attribute__((noinline)) void write_row_loss(const Args& args, std::int64_t row
 // value_y must have been read before.
 template <class T, class Dense, class Value, class ValuePartial>
 void write_gradient(const Problem<T, Dense>& p, const Dense& dense, std::int64_t row,
-                                  acc_t<T> scale, acc_t<T> upstream, T* grad, acc_t<T> value_y,
-                                  Value value, ValuePartial value_partial) {
+                    acc_t<T> scale, acc_t<T> upstream, T* grad, acc_t<T> value_y, Value value,
+                    ValuePartial value_partial) {
     acc_t<T> const k = scale * upstream;
     gradient_pass(p.args.classes, k, dense, upstream, grad, value, value_partial);
     if constexpr (p.kIndex) {
@@ -419,12 +421,13 @@ void backward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64_
 // absent rows become zero.
 template <class T>
 void pack_tile(const T* p, std::int64_t row_stride, std::int64_t class_stride, int n,
-                             std::int64_t classes, acc_t<T>* tile) {
+               std::int64_t classes, acc_t<T>* tile) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     if (row_stride == 1) {
         if (n == L) {
-            for (std::int64_t c = 0; c < classes; ++c) store(tile + c * L, load(p + c * class_stride));
+            for (std::int64_t c = 0; c < classes; ++c)
+                store(tile + c * L, load(p + c * class_stride));
         } else {
             for (std::int64_t c = 0; c < classes; ++c) {
                 store(tile + c * L, load_partial(p + c * class_stride, n));
@@ -454,13 +457,14 @@ void pack_tile(const T* p, std::int64_t row_stride, std::int64_t class_stride, i
 }
 
 template <class T>
-void unpack_tile(const acc_t<T>* tile, T* p, std::int64_t row_stride,
-                               std::int64_t class_stride, int n, std::int64_t classes) {
+void unpack_tile(const acc_t<T>* tile, T* p, std::int64_t row_stride, std::int64_t class_stride,
+                 int n, std::int64_t classes) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     if (row_stride == 1) {
         if (n == L) {
-            for (std::int64_t c = 0; c < classes; ++c) store(p + c * class_stride, load(tile + c * L));
+            for (std::int64_t c = 0; c < classes; ++c)
+                store(p + c * class_stride, load(tile + c * L));
         } else {
             for (std::int64_t c = 0; c < classes; ++c) {
                 store_partial(p + c * class_stride, load(tile + c * L), n);
@@ -527,8 +531,8 @@ TrueClasses<acc_t<T>> true_classes(const Problem<T, Dense>& p, std::int64_t row,
 // Turns a tile of exp(x - m) into the gradient, in place. Lanes that are not live become zero.
 template <class T, class Dense, class TileDense>
 void tile_gradient(const Problem<T, Dense>& p, const TileDense& dense,
-                                 const TrueClasses<acc_t<T>>& truth, Vec<acc_t<T>> scale,
-                                 Vec<acc_t<T>> upstream, acc_t<T>* tile) {
+                   const TrueClasses<acc_t<T>>& truth, Vec<acc_t<T>> scale, Vec<acc_t<T>> upstream,
+                   acc_t<T>* tile) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     Vec<A> const k = scale * upstream;
@@ -596,7 +600,8 @@ double forward_by_tile(const Problem<T, Dense>& p, TileDense tile_dense, std::in
             loss = truth.live ? loss : Vec<A>{};
             Vec<A> const scale = softmax_scale(target_sum, exp_sum);
             if (args.row_losses) {
-                for (int r = 0; r < n; ++r) write_row_loss(args, row + r, static_cast<double>(loss[r]));
+                for (int r = 0; r < n; ++r)
+                    write_row_loss(args, row + r, static_cast<double>(loss[r]));
             } else {
                 total.add(loss);
             }
@@ -663,7 +668,8 @@ auto with_problem(const Args& args, F f) {
         using T = typename decltype(tag)::type;
         using A = acc_t<T>;
         const A* const weight = static_cast<const A*>(args.weight);
-        A const per_class = static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
+        A const per_class =
+            static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
         if (args.target_kind == TargetKind::index) {
             return f(make_problem<T>(args, NoDense<A>{}), NoDense<A>{});
         }
@@ -708,8 +714,8 @@ TargetScan scan_targets(const Args& args, std::int64_t begin, std::int64_t end) 
     std::int64_t invalid = 0;
     for (std::int64_t row = begin; row < end; ++row) {
         bool const counts = target[row] != args.ignore_index;
-        bool const in_range = static_cast<std::uint64_t>(target[row]) <
-                              static_cast<std::uint64_t>(args.classes);
+        bool const in_range =
+            static_cast<std::uint64_t>(target[row]) < static_cast<std::uint64_t>(args.classes);
         counted += counts;
         invalid += counts & !in_range;
     }

@@ -12,9 +12,9 @@ namespace fusedstep::cross_entropy {
 enum class Reduction : int { none = 0, mean = 1, sum = 2 };
 
 enum class TargetKind {
-    index,          // int64 class indices
-    smoothed_index, // int64 class indices with label smoothing
-    probability,    // one probability per class, in the logits' dtype or in float32
+    index,           // int64 class indices
+    smoothed_index,  // int64 class indices with label smoothing
+    probability,     // one probability per class, in the logits' dtype or in float32
 };
 
 // Rows are the positions a loss is computed at: (N, d1, ..., dK) flattened, last dimension fastest.
@@ -43,8 +43,8 @@ struct Args {
     std::int64_t target_class_stride;
     std::int64_t target_row_strides[kMaxRowDims];
 
-    const void* weight;     // one per class, contiguous, in acc_t; null: all one
-    double label_smoothing; // in [0, 1]
+    const void* weight;      // one per class, contiguous, in acc_t; null: all one
+    double label_smoothing;  // in [0, 1]
 
     // Multiplies the gradient: 1 / (sum of the rows' weights) for a mean, else 1.
     double gradient_scale;
@@ -62,7 +62,8 @@ struct Args {
     // (forward); read by backward.
     void* row_stats;
 
-    // backward only: gradient of the loss, in acc_t, one value (stride 0) or one per row (stride 1).
+    // backward only: gradient of the loss, in acc_t, one value (stride 0) or one per row (stride
+    // 1).
     const void* grad_output;
     std::int64_t grad_output_stride;
 };
@@ -72,8 +73,8 @@ struct Args {
 std::int64_t rows_per_chunk(std::int64_t rows, std::int64_t classes);
 
 struct TargetScan {
-    double weight_sum;          // sum of the weights of rows that are not ignored
-    std::int64_t first_invalid; // first row in range whose target is out of range, or -1
+    double weight_sum;           // sum of the weights of rows that are not ignored
+    std::int64_t first_invalid;  // first row in range whose target is out of range, or -1
 };
 
 struct CpuKernels {

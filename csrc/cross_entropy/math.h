@@ -29,7 +29,8 @@ FUSEDSTEP_HD V index_coefficient(V class_weight, V smoothing) {
 
 // u_c of a probability target.
 template <class V>
-FUSEDSTEP_HD V probability_coefficient(V probability, V class_weight, V keep, V smoothing_per_class) {
+FUSEDSTEP_HD V probability_coefficient(V probability, V class_weight, V keep,
+                                       V smoothing_per_class) {
     return (probability * keep + smoothing_per_class) * class_weight;
 }
 

@@ -56,9 +56,7 @@ bool is_class_index(const Tensor& target) {
     return target.scalar_type() == at::kLong || target.scalar_type() == at::kByte;
 }
 
-c10::SymInt class_count(const Tensor& logits) {
-    return logits.sym_size(logits.dim() == 1 ? 0 : 1);
-}
+c10::SymInt class_count(const Tensor& logits) { return logits.sym_size(logits.dim() == 1 ? 0 : 1); }
 
 // The shape of class indices for these logits: theirs without the class dimension.
 c10::SymDimVector index_shape(const Tensor& logits) {
@@ -88,12 +86,12 @@ void check_shapes(const Tensor& logits, const Tensor& target) {
                     target.scalar_type());
         return;
     }
-    auto const message = c10::str("cross_entropy: target has shape ", target.sym_sizes(),
-                                  ", but logits of shape ", logits.sym_sizes(),
-                                  " need class indices of shape ", c10::SymIntArrayRef(expected),
-                                  " or class probabilities of shape ", logits.sym_sizes());
-    bool const batches_differ = logits.dim() == 1 || target.dim() == 0 ||
-                                logits.sym_size(0) != target.sym_size(0);
+    auto const message =
+        c10::str("cross_entropy: target has shape ", target.sym_sizes(), ", but logits of shape ",
+                 logits.sym_sizes(), " need class indices of shape ", c10::SymIntArrayRef(expected),
+                 " or class probabilities of shape ", logits.sym_sizes());
+    bool const batches_differ =
+        logits.dim() == 1 || target.dim() == 0 || logits.sym_size(0) != target.sym_size(0);
     TORCH_CHECK_VALUE(!batches_differ, message);
     TORCH_CHECK(false, message);
 }
@@ -143,7 +141,8 @@ std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tens
     }
     if (is_given(weight)) {
         if (!covers_tensor(*weight, logits) || weight->requires_grad() || weight->dim() != 1 ||
-            weight->sym_size(0) != class_count(logits) || torch::autograd::isFwGradDefined(weight)) {
+            weight->sym_size(0) != class_count(logits) ||
+            torch::autograd::isFwGradDefined(weight)) {
             return std::nullopt;
         }
     }
@@ -229,8 +228,7 @@ struct KernelArgs {
             args.target_probability = target.const_data_ptr();
             args.target_class_stride = target.stride(class_dim);
         } else {
-            args.target_kind =
-                label_smoothing > 0 ? TargetKind::smoothed_index : TargetKind::index;
+            args.target_kind = label_smoothing > 0 ? TargetKind::smoothed_index : TargetKind::index;
             args.target_index = target.const_data_ptr<std::int64_t>();
         }
         args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
@@ -266,9 +264,10 @@ void for_each_chunk(std::int64_t rows, std::int64_t chunk_rows, const F& f) {
 double scan_targets_cpu(const Args& args) {
     constexpr std::int64_t kChunkRows = 16384;
     c10::SmallVector<TargetScan, 8> scans((args.rows + kChunkRows - 1) / kChunkRows);
-    for_each_chunk(args.rows, kChunkRows, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
-        scans[chunk] = cpu_kernels().scan_targets(args, begin, end);
-    });
+    for_each_chunk(args.rows, kChunkRows,
+                   [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+                       scans[chunk] = cpu_kernels().scan_targets(args, begin, end);
+                   });
     double sum = 0;
     for (const TargetScan& scan : scans) {
         TORCH_CHECK_INDEX(scan.first_invalid < 0, "cross_entropy: target ",
@@ -296,10 +295,10 @@ double read_scalar(const Tensor& tensor, std::int64_t index) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tensor& target,
-                                               const OptionalTensor& weight, std::int64_t reduction_,
-                                               std::int64_t ignore_index, double label_smoothing,
-                                               at::ScalarType loss_dtype, bool with_grad,
-                                               bool with_stats) {
+                                               const OptionalTensor& weight,
+                                               std::int64_t reduction_, std::int64_t ignore_index,
+                                               double label_smoothing, at::ScalarType loss_dtype,
+                                               bool with_grad, bool with_stats) {
     auto const reduction = static_cast<Reduction>(reduction_);
     Tensor const grad = with_grad ? empty_gradient(logits) : Tensor();
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
@@ -309,9 +308,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
     if (args.target_kind != TargetKind::probability) row_weights = scan_targets_cpu(args);
     if (reduction == Reduction::mean) args.gradient_scale = 1.0 / row_weights;
 
-    Tensor const stats =
-        at::empty({with_stats ? 2 * args.rows + 1 : 0},
-                  logits.options().dtype(accumulate_type(logits.scalar_type())));
+    Tensor const stats = at::empty({with_stats ? 2 * args.rows + 1 : 0},
+                                   logits.options().dtype(accumulate_type(logits.scalar_type())));
     if (with_stats) {
         args.row_stats = stats.mutable_data_ptr();
         write_scalar(stats, 2 * args.rows, args.gradient_scale);
@@ -327,9 +325,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
 
     std::int64_t const chunk_rows = rows_per_chunk(args.rows, args.classes);
     c10::SmallVector<double, 64> sums((args.rows + chunk_rows - 1) / chunk_rows);
-    for_each_chunk(args.rows, chunk_rows, [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
-        sums[chunk] = cpu_kernels().forward(args, begin, end);
-    });
+    for_each_chunk(args.rows, chunk_rows,
+                   [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+                       sums[chunk] = cpu_kernels().forward(args, begin, end);
+                   });
     if (reduction != Reduction::none) {
         double total = 0;
         for (double sum : sums) total += sum;
@@ -344,8 +343,7 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
     Tensor const grad = empty_gradient(logits);
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
     Args& args = kernel.args;
-    Tensor const upstream =
-        grad_output.to(accumulate_type(logits.scalar_type())).contiguous();
+    Tensor const upstream = grad_output.to(accumulate_type(logits.scalar_type())).contiguous();
     args.grad_output = upstream.const_data_ptr();
     args.grad_output_stride = upstream.numel() == 1 ? 0 : 1;
     args.row_stats = stats.mutable_data_ptr();
@@ -502,9 +500,9 @@ Tensor cross_entropy_op(const Tensor& logits, const Tensor& target, const Option
 
 }  // namespace
 
-OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                             std::int64_t reduction, std::int64_t ignore_index,
-                             double label_smoothing) {
+OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target,
+                             const OptionalTensor& weight, std::int64_t reduction,
+                             std::int64_t ignore_index, double label_smoothing) {
     auto const loss_dtype =
         covered_loss_type(logits, target, weight, reduction, ignore_index, label_smoothing);
     if (!loss_dtype) return std::nullopt;

@@ -6,12 +6,12 @@
 namespace fusedstep::sgd {
 
 // One step of torch.optim.SGD over an optimizer's param_groups and state, as Python holds them.
-// Gradients are divided by grad_scale first, in place. Returns [(group, [parameter, ...]), ...]: the
-// parameters with a gradient that the kernels do not cover, untouched.
+// Gradients are divided by grad_scale first, in place. Returns [(group, [parameter, ...]), ...]:
+// the parameters with a gradient that the kernels do not cover, untouched.
 //
 // Everything is checked before anything is written: ValueError for a hyperparameter that is not
-// finite, RuntimeError for a gradient or a momentum buffer whose shape does not fit. An update is as
-// if parameters followed one another only where their memory is distinct.
+// finite, RuntimeError for a gradient or a momentum buffer whose shape does not fit. An update is
+// as if parameters followed one another only where their memory is distinct.
 pybind11::list step(const pybind11::list& param_groups, const pybind11::dict& state,
                     double grad_scale);
 

@@ -1,5 +1,5 @@
-// The SGD update on the CPU, compiled once per instruction-set level: one pass over memory that reads
-// and writes each element once.
+// The SGD update on the CPU, compiled once per instruction-set level: one pass over memory that
+// reads and writes each element once.
 #pragma once
 
 #include "core/multi_tensor.h"
@@ -26,7 +26,8 @@ void update_span(const Hyperparameters& h, T* param, const T* grad, T* buffer, s
     auto const c = coefficients<acc_t<T>>(h);
     auto new_param = [&c](V p, V g, V& b) __attribute__((always_inline)) {
         return update<momentum, nesterov, weight_decay>(
-            p, g, b, c, [](V x, V y, V z) __attribute__((always_inline)) { return fmadd(x, y, z); });
+            p, g, b, c,
+            [](V x, V y, V z) __attribute__((always_inline)) { return fmadd(x, y, z); });
     };
     auto one = [&](std::int64_t i) __attribute__((always_inline)) {
         V b{};
@@ -75,30 +76,31 @@ void with_update_span(const Hyperparameters& h, bool first_step, F f) {
         return f(h.nesterov ? update_span<Momentum::running, true, d, T>
                             : update_span<Momentum::running, false, d, T>);
     };
-    h.weight_decay != 0 ? with_weight_decay(std::true_type{}) : with_weight_decay(std::false_type{});
+    h.weight_decay != 0 ? with_weight_decay(std::true_type{})
+                        : with_weight_decay(std::false_type{});
 }
 
 void update(const Step& step, std::int64_t first, std::int64_t last) {
-    for_each_span(step.entries, step.entry_count, first, last, [&](const Entry& entry,
-                                                                   std::int64_t begin,
-                                                                   std::int64_t end) {
-        const Hyperparameters& h = step.groups[entry.group];
-        dispatch(entry.dtype, [&](auto tag) {
-            using T = typename decltype(tag)::type;
-            T* const param = static_cast<T*>(entry.param);
-            T* const grad = static_cast<T*>(entry.grad);
-            T* const buffer = static_cast<T*>(entry.momentum_buffer);
-            with_update_span<T>(h, entry.first_step, [&](auto update_span) {
-                // A gradient that is unscaled is read again while it is in the cache.
-                std::int64_t const block = step.grad_scale == 1 ? end - begin : kChunk;
-                for (std::int64_t i = begin; i < end; i += block) {
-                    std::int64_t const n = block < end - i ? block : end - i;
-                    if (step.grad_scale != 1) unscale_span(grad + i, n, step.grad_scale);
-                    update_span(h, param + i, grad + i, buffer ? buffer + i : nullptr, n);
-                }
+    for_each_span(
+        step.entries, step.entry_count, first, last,
+        [&](const Entry& entry, std::int64_t begin, std::int64_t end) {
+            const Hyperparameters& h = step.groups[entry.group];
+            dispatch(entry.dtype, [&](auto tag) {
+                using T = typename decltype(tag)::type;
+                T* const param = static_cast<T*>(entry.param);
+                T* const grad = static_cast<T*>(entry.grad);
+                T* const buffer = static_cast<T*>(entry.momentum_buffer);
+                with_update_span<T>(h, entry.first_step, [&](auto update_span) {
+                    // A gradient that is unscaled is read again while it is in the cache.
+                    std::int64_t const block = step.grad_scale == 1 ? end - begin : kChunk;
+                    for (std::int64_t i = begin; i < end; i += block) {
+                        std::int64_t const n = block < end - i ? block : end - i;
+                        if (step.grad_scale != 1) unscale_span(grad + i, n, step.grad_scale);
+                        update_span(h, param + i, grad + i, buffer ? buffer + i : nullptr, n);
+                    }
+                });
             });
         });
-    });
 }
 
 }  // namespace

@@ -5,8 +5,8 @@
 //   g = g + weight_decay p              with weight decay
 //   b = g                               with momentum, on the parameter's first step
 //   b = momentum b + (1 - dampening) g  with momentum, later
-//   g = b                               with momentum
-//   g = g + momentum b                  with Nesterov's momentum
+//   g = b                               with momentum, or
+//   g = g + momentum b                  with Nesterov's
 //   p = p - lr g
 //
 // These are the definitions that torch.optim.SGD documents, in its order: the learning rate scales

@@ -1,6 +1,7 @@
 // SGD for torch: reads an optimizer's parameter groups and state as Python holds them, lists what
 // the kernels cover, runs them, and hands the rest back.
 #include <ATen/ExpandUtils.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
@@ -9,8 +10,10 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <utility>
@@ -146,6 +149,30 @@ bool same_layout(const Tensor& a, const Tensor& b) {
     return true;
 }
 
+// Raises where neither the kernels nor torch could update the parameter.
+void check_update(const Tensor& param, const Tensor& grad, const Hyperparameters& h) {
+    TORCH_CHECK(at::is_expandable_to(grad.sizes(), param.sizes()), "a gradient of shape ",
+                grad.sizes(), " does not fit its parameter of shape ", param.sizes());
+    TORCH_CHECK(c10::canCast(grad.scalar_type(), param.scalar_type()), "a gradient of dtype ",
+                grad.scalar_type(), " does not fit its parameter of dtype ", param.scalar_type());
+    if (param.layout() == at::kStrided) at::assert_no_internal_overlap(param);
+    double const largest = std::max({std::abs(h.lr), std::abs(h.momentum),
+                                     std::abs(1.0 - h.dampening), std::abs(h.weight_decay)});
+    TORCH_CHECK(largest <= std::numeric_limits<float>::max() ||
+                    c10::toRealValueType(param.scalar_type()) == at::kDouble,
+                "a hyperparameter of magnitude ", largest, " overflows a parameter of dtype ",
+                param.scalar_type());
+}
+
+void check_buffer(const Tensor& buffer, const Tensor& param, const Tensor& grad) {
+    TORCH_CHECK(buffer.sizes() == grad.sizes(), "a momentum_buffer of shape ", buffer.sizes(),
+                " does not fit its gradient of shape ", grad.sizes());
+    TORCH_CHECK(c10::canCast(grad.scalar_type(), buffer.scalar_type()) &&
+                    c10::canCast(buffer.scalar_type(), param.scalar_type()),
+                "a momentum_buffer of dtype ", buffer.scalar_type(),
+                " does not fit its parameter of dtype ", param.scalar_type());
+}
+
 // ---- One step ----
 
 // What one step does, collected and checked before any of it is done.
@@ -172,7 +199,7 @@ private:
         py::object momentum_buffer;
     };
 
-    bool add(const py::object& param_object, bool with_momentum);
+    bool add(const py::object& param_object, const Hyperparameters& h);
 
     const py::dict& state_;
     double const grad_scale_;
@@ -191,20 +218,20 @@ py::list StepPlan::add_group(PyObject* group) {
     if (covered) groups_.push_back(*h);
     py::list left;
     for_each_param(group, [&](const py::object& param) {
-        if (has_grad(param) && !(covered && add(param, h->momentum != 0))) left.append(param);
+        if (has_grad(param) && !(covered && add(param, *h))) left.append(param);
     });
     return left;
 }
 
 // Returns whether the kernels cover it; if so it is part of the plan.
-bool StepPlan::add(const py::object& param_object, bool with_momentum) {
+bool StepPlan::add(const py::object& param_object, const Hyperparameters& h) {
     if (!THPVariable_CheckExact(param_object.ptr())) return false;
     const Tensor& param = THPVariable_Unpack(param_object.ptr());
     Tensor grad = param.unsafeGetTensorImpl()->grad();
     if (param.is_nested() || grad.is_nested()) return false;
-    TORCH_CHECK(at::is_expandable_to(grad.sizes(), param.sizes()), "a gradient of shape ",
-                grad.sizes(), " does not fit its parameter of shape ", param.sizes());
+    check_update(param, grad, h);
 
+    bool const with_momentum = h.momentum != 0;
     Tensor buffer;
     if (with_momentum) {
         PyObject* const of_param = find(state_.ptr(), param_object.ptr());
@@ -213,9 +240,8 @@ bool StepPlan::add(const py::object& param_object, bool with_momentum) {
         if (found && found != Py_None) {
             if (!THPVariable_CheckExact(found)) return false;
             buffer = THPVariable_Unpack(found);
-            TORCH_CHECK(buffer.is_nested() || buffer.sizes() == grad.sizes(),
-                        "a momentum_buffer of shape ", buffer.sizes(),
-                        " does not fit its gradient of shape ", grad.sizes());
+            if (buffer.is_nested()) return false;
+            check_buffer(buffer, param, grad);
         }
     }
 
@@ -258,7 +284,7 @@ bool StepPlan::add(const py::object& param_object, bool with_momentum) {
 void StepPlan::run() {
     // A thread takes at least 32,768 elements, as in torch's own elementwise kernels.
     constexpr std::int64_t kGrain = 32768 / kChunk;
-    // From a million elements on (a tenth of a millisecond) other Python threads may run meanwhile.
+    // From a million elements on (a millisecond from memory) other Python threads may run meanwhile.
     constexpr std::int64_t kReleaseGil = (std::int64_t{1} << 20) / kChunk;
 
     Step const step{groups_.data(), entries_.data(), static_cast<std::int64_t>(entries_.size()),

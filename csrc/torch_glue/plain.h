@@ -48,8 +48,8 @@ inline bool is_wrapped(const at::Tensor& tensor) {
 
 // A tensor whose values only exist later, or in Python: fake, functional, proxy, meta.
 inline bool is_symbolic(const at::Tensor& tensor) {
-    return tensor.key_set().has_any(c10::DispatchKeySet(
-               {c10::DispatchKey::Python, c10::DispatchKey::Functionalize})) ||
+    return tensor.key_set().has_any(
+               c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize})) ||
            tensor.is_meta();
 }
 

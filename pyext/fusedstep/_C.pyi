@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor
 
 def cross_entropy(
@@ -10,3 +12,7 @@ def cross_entropy(
     /,
 ) -> Tensor | None: ...
 def cpu_capability() -> str: ...
+def sgd_step(
+    param_groups: list[dict[str, Any]], state: dict[Any, Any], grad_scale: float, /
+) -> list[tuple[dict[str, Any], list[Tensor]]]: ...
+def sgd_zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...

@@ -56,7 +56,7 @@ def cross_entropy(
 
     Returns:
         A scalar, or for ``reduction="none"`` a tensor of shape ``()``, ``(N)`` or
-        ``(N, d1, ..., dK)``; in the dtype of ``input``, in float32 for 16-bit logits under autocast.
+        ``(N, d1, ..., dK)``, in the dtype of ``input``: float32 for 16-bit logits under autocast.
 
     Raises:
         IndexError: A class index is out of range.
@@ -91,8 +91,10 @@ def _torch_cross_entropy(
     reduction: str,
     label_smoothing: float,
 ) -> Tensor:
-    """Run what the kernels do not cover: a function mode on our function, the rest by torch."""
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in (input, target, weight) if t is not None)
+    """Let a function mode see our function, and torch compute what the kernels do not cover."""
+    plain = all(
+        type(t) in (Tensor, torch.nn.Parameter) for t in (input, target, weight) if t is not None
+    )
     if plain and torch._C._is_torch_function_mode_enabled():
         loss: Tensor = handle_torch_function(
             cross_entropy,

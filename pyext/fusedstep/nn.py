@@ -11,8 +11,9 @@ __all__ = ["CrossEntropyLoss"]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """Drop-in for :class:`torch.nn.CrossEntropyLoss`; see :func:`fusedstep.functional.cross_entropy`.
+    """Drop-in for :class:`torch.nn.CrossEntropyLoss`.
 
+    Computed by :func:`fusedstep.functional.cross_entropy`, which says what is covered.
     Constructor, buffers, ``state_dict`` and ``repr`` are torch's.
     """
 

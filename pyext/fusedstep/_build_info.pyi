@@ -1,0 +1,4 @@
+torch_version: str
+cuda: str | None
+compiler: str
+machine: str
