@@ -29,7 +29,7 @@ train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" li
 	$(BIN)/python benchmarks/train_cnn.py $(ARGS)
 
 test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for a part of it)
-	$(BIN)/pytest -n auto $(ARGS)
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: $(BUILT)  ## check format, lint, types and layering
 	$(BIN)/ruff format --check

@@ -729,21 +729,23 @@ GRADED = [
 ]
 
 
+@pytest.mark.parametrize("ones", [False, True], ids=["random", "ones"])
 @pytest.mark.parametrize("case", GRADED, ids=str)
-def test_second_backward_gives_the_same_bits(case: Case, device: str) -> None:
+def test_second_backward_gives_the_same_bits(case: Case, ones: bool, device: str) -> None:
     """Also when the first result was overwritten, and with another grad_output in between."""
     inputs = draw(case, device)
+    grad_output = torch.ones_like(inputs.grad_output) if ones else inputs.grad_output
     logits = inputs.logits.detach().requires_grad_()
     loss = inputs.call(F.cross_entropy, logits)
     backward = partial(torch.autograd.grad, loss, logits, retain_graph=True)
-    (first,) = backward(inputs.grad_output)
+    (first,) = backward(grad_output)
     kept = first.clone()
-    (doubled,) = backward(2 * inputs.grad_output)
+    (doubled,) = backward(2 * grad_output)
     identical(first, kept)
     torch.testing.assert_close(doubled, 2 * first)
     first.fill_(math.nan)
     doubled.fill_(math.nan)
-    identical(backward(inputs.grad_output)[0], kept)
+    identical(backward(grad_output)[0], kept)
 
 
 @pytest.mark.parametrize("case", GRADED, ids=str)
@@ -1056,9 +1058,14 @@ def test_anomaly_mode_and_graph_hooks(device: str) -> None:
     _, expected = inputs.loss_and_grad(F.cross_entropy)
     logits = inputs.logits.detach().requires_grad_()
     seen = []
+
+    def doubled(grad: Tensor) -> Tensor:
+        seen.append(grad)
+        return 2 * grad
+
     with torch.autograd.set_detect_anomaly(True):
         loss = inputs.call(F.cross_entropy, logits)
-        loss.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+        loss.register_hook(doubled)
         loss.backward(inputs.grad_output)
     identical(seen, [inputs.grad_output])
     torch.testing.assert_close(logits.grad, 2 * expected)
@@ -1271,7 +1278,9 @@ def test_torch_function_mode_sees_the_call() -> None:
     seen = []
 
     class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             seen.append(func)
             return func(*args, **(kwargs or {}))
 
@@ -1289,7 +1298,9 @@ def test_torch_dispatch_mode_sees_operators_both_ways() -> None:
             super().__init__()
             self.seen: list[str] = []
 
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             self.seen.append(str(func))
             return func(*args, **(kwargs or {}))
 

@@ -190,15 +190,15 @@ def test_fifty_steps_of_every_combination(
     ours, theirs = SGD(params, lr=0.1, **options), NativeSGD(twins, lr=0.1, **options)
     for step in range(50):
         set_random_grads(params, twins)
-        before = [p.detach().clone() for p in params]
-        old_buffers = [b if b is None else b.clone() for b in buffers(ours)]
+        before = copy.deepcopy((params, buffers(ours))) if step in (0, 1, 49) else None
         ours.step()
         theirs.step()
         for i, p in enumerate(params):
             assert p.grad is not None
             exact[i] = reference.sgd_step(exact[i][0], p.grad, exact[i][1], lr=0.1, **options)
-            if step in (0, 1, 49):
-                assert_one_step_is_rounded_once(before[i], p.grad, old_buffers[i], p, options)
+            if before is not None:
+                old, old_buffer = before[0][i].detach(), before[1][i]
+                assert_one_step_is_rounded_once(old, p.grad, old_buffer, p, options)
     if dtype is F32 and device == "cpu" and fusedstep._C.cpu_capability() != "default":
         identical(params, twins)
     # Rounding errors of fifty steps walk at random. Torch's walks over all elements tell how far

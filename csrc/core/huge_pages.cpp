@@ -11,7 +11,7 @@ namespace fusedstep {
 void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
 #if defined(MADV_HUGEPAGE)
     constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
-    constexpr std::size_t kWorthwhile = std::size_t{8} << 20;
+    constexpr std::size_t kWorthwhile = std::size_t{4} << 20;
     if (bytes < kWorthwhile) return;
     std::uintptr_t const begin =
         (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);

@@ -125,7 +125,7 @@ std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tens
                                                 const OptionalTensor& weight,
                                                 std::int64_t reduction, std::int64_t ignore_index,
                                                 double label_smoothing) {
-    bool const device = logits.is_cpu() || logits.is_meta() || is_symbolic(logits);
+    bool const device = logits.is_cpu() || logits.is_meta();  // of a fake tensor too
     if (!device || in_functorch() || !is_plain_strided(logits) || !covers_tensor(target, logits)) {
         return std::nullopt;
     }
@@ -388,8 +388,8 @@ struct CrossEntropyBackward0 final : torch::autograd::Node {
     double label_smoothing = 0;
     at::ScalarType loss_dtype = at::kFloat;
     bool symbolic = false;
-    Tensor grad;   // of a loss with grad_output 1; empty where it is recomputed
-    Tensor stats;  // what a recompute needs; empty where none can happen
+    Tensor grad;   // for a grad_output of 1; undefined where it is recomputed
+    Tensor stats;  // what a recompute needs; undefined where none can happen
 
     std::string name() const override { return "CrossEntropyBackward0"; }
 
@@ -410,8 +410,7 @@ struct CrossEntropyBackward0 final : torch::autograd::Node {
         if (!grad_output.defined() || !task_should_compute_output(0)) return {Tensor()};
         if (c10::GradMode::is_enabled()) return {differentiable(grad_output)};
         at::AutoDispatchBelowADInplaceOrView below_autograd;
-        return {grad.numel() > 0 || stats.numel() == 0 ? scaled(grad_output)
-                                                       : recomputed(grad_output)};
+        return {grad.defined() ? scaled(grad_output) : recomputed(grad_output)};
     }
 
 private:
@@ -431,7 +430,7 @@ private:
         double const factor = read_scalar(grad_output, 0);
         bool const keep = torch::autograd::get_current_graph_task_keep_graph();
         if (factor == 1.0) return keep ? grad.clone() : std::move(grad);
-        if (stats.numel() > 0 && !is_power_of_two(factor)) return recomputed(grad_output);
+        if (stats.defined() && !is_power_of_two(factor)) return recomputed(grad_output);
         return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
     }
 
@@ -481,8 +480,8 @@ Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& w
         node->label_smoothing = label_smoothing;
         node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
-        node->grad = std::move(grad);
-        node->stats = std::move(stats);
+        if (grad_in_forward) node->grad = std::move(grad);
+        if (with_stats) node->stats = std::move(stats);
         torch::autograd::set_history(loss, node);
     }
     return loss;

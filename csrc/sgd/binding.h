@@ -10,8 +10,8 @@ namespace fusedstep::sgd {
 // the parameters with a gradient that the kernels do not cover, untouched.
 //
 // Everything is checked before anything is written: ValueError for a hyperparameter that is not
-// finite, RuntimeError for a gradient or a momentum buffer whose shape does not fit. An update is
-// as if parameters followed one another only where their memory is distinct.
+// finite, RuntimeError for a gradient or a momentum buffer that does not fit its parameter. An
+// update is as if parameters followed one another only where their memory is distinct.
 pybind11::list step(const pybind11::list& param_groups, const pybind11::dict& state,
                     double grad_scale);
 

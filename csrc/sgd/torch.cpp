@@ -3,7 +3,6 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
@@ -212,9 +211,7 @@ private:
 
 py::list StepPlan::add_group(PyObject* group) {
     std::optional<Hyperparameters> const h = read_hyperparameters(group);
-    bool const observed =
-        in_functorch() || in_dispatch_mode() || at::impl::torch_function_mode_enabled();
-    bool const covered = h && !observed;
+    bool const covered = h && !in_functorch() && !in_dispatch_mode();
     if (covered) groups_.push_back(*h);
     py::list left;
     for_each_param(group, [&](const py::object& param) {
@@ -284,7 +281,7 @@ bool StepPlan::add(const py::object& param_object, const Hyperparameters& h) {
 void StepPlan::run() {
     // A thread takes at least 32,768 elements, as in torch's own elementwise kernels.
     constexpr std::int64_t kGrain = 32768 / kChunk;
-    // From a million elements on (a millisecond from memory) other Python threads may run meanwhile.
+    // From a million elements on (a millisecond from memory) other Python threads may run.
     constexpr std::int64_t kReleaseGil = (std::int64_t{1} << 20) / kChunk;
 
     Step const step{groups_.data(), entries_.data(), static_cast<std::int64_t>(entries_.size()),

@@ -81,6 +81,13 @@ def _profile_hook_step(step: _Step) -> _Step:
     return wrapper  # type: ignore[return-value]
 
 
+def _require_finite(group: dict[str, Any]) -> None:
+    for key, name in _HYPERPARAMETERS.items():
+        value = group[key]
+        if not math.isfinite(value.item() if isinstance(value, Tensor) else value):
+            raise ValueError(f"Invalid {name}: {value}")
+
+
 class SGD(torch.optim.SGD):
     r"""Drop-in for :class:`torch.optim.SGD`: stochastic gradient descent, optionally with momentum.
 
@@ -110,7 +117,8 @@ class SGD(torch.optim.SGD):
     Raises:
         ValueError: A hyperparameter is out of range or not finite, in the constructor, in
             ``add_param_group`` or in ``step``; or there are no parameters.
-        RuntimeError: The shape of a gradient or of a momentum buffer does not fit its parameter.
+        RuntimeError: The shape or dtype of a gradient or of a momentum buffer does not fit its
+            parameter, or a hyperparameter overflows the parameter's dtype.
 
     An error in ``step`` leaves parameters, gradients and state as they were.
     """
@@ -121,10 +129,7 @@ class SGD(torch.optim.SGD):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does."""
         if isinstance(param_group, dict):
-            for key, name in _HYPERPARAMETERS.items():
-                value = param_group.get(key, self.defaults[key])
-                if not math.isfinite(value.item() if isinstance(value, Tensor) else value):
-                    raise ValueError(f"Invalid {name}: {value}")
+            _require_finite({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @_profile_hook_step
@@ -147,6 +152,8 @@ class SGD(torch.optim.SGD):
         grad_scale: Tensor | None = self.__dict__.get("grad_scale")
         scale = 1.0 if grad_scale is None else float(grad_scale)
         if self.defaults["differentiable"]:
+            for group in self.param_groups:
+                _require_finite(group)
             left = [
                 (group, [p for p in group["params"] if p.grad is not None])
                 for group in self.param_groups
