@@ -58,6 +58,10 @@ def build_info() -> str:
 class BuildFusedstep(BuildExtension):
     """Compiles the extension and records beside it what it was built for."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = "build/temp"  # kept from build to build: only what changed is compiled
+
     def run(self) -> None:
         super().run()
         package = Path(self.get_ext_fullpath("fusedstep._C")).parent

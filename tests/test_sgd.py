@@ -205,7 +205,7 @@ def test_fifty_steps_of_every_combination(
     # they lead; by chance some go further, the less so the more elements a tensor has.
     theirs_typically = distance(twins, exact)
     for p, q in zip(params, exact, strict=True):
-        luck = 1 + 5 / math.sqrt(p.numel())
+        luck = 1 + 10 / math.sqrt(p.numel())
         assert distance([p], [q]) <= luck * theirs_typically + torch.finfo(COMPUTE[dtype]).eps
     for ours_buffer, theirs_buffer in zip(buffers(ours), buffers(theirs), strict=True):
         assert (ours_buffer is None) == (theirs_buffer is None) == (options["momentum"] == 0)

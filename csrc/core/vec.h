@@ -196,7 +196,7 @@ FUSEDSTEP_VEC void store_partial(T* p, Vec<acc_t<T>> v, std::int64_t n) {
 // A vector whose lane i is a[i ^ step].
 template <class A, int step, int... lane>
 FUSEDSTEP_VEC Vec<A> swap_lanes(Vec<A> a, std::integer_sequence<int, lane...>) {
-    return __builtin_shuffle(a, VecInt<A>{(lane ^ step)...});
+    return __builtin_shufflevector(a, a, (lane ^ step)...);
 }
 
 template <class A, int step = kLanes<A> / 2>
@@ -223,10 +223,8 @@ FUSEDSTEP_VEC A reduce_sum(Vec<A> v) {
 template <class A, int step, int... lane>
 FUSEDSTEP_VEC void exchange_blocks(Vec<A>& a, Vec<A>& b, std::integer_sequence<int, lane...>) {
     constexpr int n = kLanes<A>;
-    Vec<A> const upper =
-        __builtin_shuffle(a, b, VecInt<A>{((lane & step) ? n + lane - step : lane)...});
-    Vec<A> const lower =
-        __builtin_shuffle(a, b, VecInt<A>{((lane & step) ? n + lane : lane + step)...});
+    Vec<A> const upper = __builtin_shufflevector(a, b, ((lane & step) ? n + lane - step : lane)...);
+    Vec<A> const lower = __builtin_shufflevector(a, b, ((lane & step) ? n + lane : lane + step)...);
     a = upper;
     b = lower;
 }

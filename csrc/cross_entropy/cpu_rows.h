@@ -45,6 +45,8 @@ private:
 };
 
 // ---- The dense part of the target vector u: everything but the true class of an index target ----
+//
+// kDense: there is one. kPerRow: it differs from row to row, and no row has a true class.
 
 // Class indices without smoothing: u is zero but at the true class.
 template <class A>
@@ -251,7 +253,6 @@ void for_each_run(const Args& args, std::int64_t begin, std::int64_t end, F f) {
 template <class T, class Dense>
 struct Problem {
     using A = acc_t<T>;
-    static constexpr bool kIndex = !Dense::kPerRow;  // each row has a true class
 
     const Args& args;
     Dense dense;  // of a probability target: without its row's offset
@@ -265,7 +266,7 @@ struct Problem {
     Offsets stride;  // along a run
 
     bool ignored(std::int64_t row) const {
-        if constexpr (kIndex) return args.target_index[row] == args.ignore_index;
+        if constexpr (!Dense::kPerRow) return args.target_index[row] == args.ignore_index;
         return false;
     }
     // u_y of the true class, less its dense part.
@@ -283,7 +284,7 @@ struct Problem {
     bool walks_by_row() const {
         bool const adjacent = args.logits_class_stride == 1 &&
                               (grad == nullptr || args.grad_class_stride == 1) &&
-                              (kIndex || args.target_class_stride == 1);
+                              (!Dense::kPerRow || args.target_class_stride == 1);
         return adjacent && (args.classes > kMaxTileClasses || args.rows < kMinTileRows);
     }
 };
@@ -324,7 +325,7 @@ void write_gradient(const Problem<T, Dense>& p, const Dense& dense, std::int64_t
                     ValuePartial value_partial) {
     acc_t<T> const k = scale * upstream;
     gradient_pass(p.args.classes, k, dense, upstream, grad, value, value_partial);
-    if constexpr (p.kIndex) {
+    if constexpr (!Dense::kPerRow) {
         std::int64_t const y = p.args.target_index[row];
         grad[y] = from_acc<T>(value_y * k - (dense.scalar(y) + p.true_class_u(y)) * upstream);
     }
@@ -359,7 +360,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             ExpSums<A> sums = grad ? exp_pass<true>(x, classes, m, dense, e)
                                    : exp_pass<false>(x, classes, m, dense, e);
             A e_y{};
-            if constexpr (p.kIndex) {
+            if constexpr (!Dense::kPerRow) {
                 std::int64_t const y = args.target_index[row];
                 A const u_y = p.true_class_u(y);
                 sums.target_sum += u_y;
@@ -404,7 +405,7 @@ void backward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64_
             Dense const dense = p.dense_at(at.target + i * p.stride.target);
             Vec<A> const m = broadcast(p.stats[2 * row]);
             A e_y{};
-            if constexpr (p.kIndex) {
+            if constexpr (!Dense::kPerRow) {
                 e_y = exp(broadcast(to_acc(x[args.target_index[row]])) - m)[0];
             }
             write_gradient(
@@ -507,7 +508,7 @@ TrueClasses<acc_t<T>> true_classes(const Problem<T, Dense>& p, std::int64_t row,
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     VecInt<A> const present = first_lanes<A>(n);
-    if constexpr (!p.kIndex) return {VecInt<A>{}, Vec<A>{}, present};
+    if constexpr (Dense::kPerRow) return {VecInt<A>{}, Vec<A>{}, present};
     LaneInt<A> index[L] = {};
     LaneInt<A> live[L] = {};
     for (int r = 0; r < n; ++r) {
@@ -540,7 +541,7 @@ void tile_gradient(const Problem<T, Dense>& p, const TileDense& dense,
     for (std::int64_t c = 0; c < p.args.classes; ++c) {
         Vec<A> g = load(tile + c * L) * k;
         if constexpr (Dense::kDense) g = fmadd(dense.across_rows(c), -upstream, g);
-        if constexpr (p.kIndex) {
+        if constexpr (!Dense::kPerRow) {
             VecInt<A> const here = truth.index == static_cast<LaneInt<A>>(c);
             g = here ? g - at_truth : g;
             g = truth.live ? g : Vec<A>{};
@@ -579,7 +580,7 @@ double forward_by_tile(const Problem<T, Dense>& p, TileDense tile_dense, std::in
 
             Vec<A> target_sum = truth.u;
             Vec<A> target_dot{};
-            if constexpr (p.kIndex) {
+            if constexpr (!Dense::kPerRow) {
                 Vec<A> x_y;
                 for (int r = 0; r < L; ++r) x_y[r] = tile[truth.index[r] * L + r];
                 target_dot = truth.u * (x_y - m);
