@@ -9,6 +9,7 @@
 // Neither walk reads or writes outside the rows it is given.
 #pragma once
 
+#include "core/compensated_sum.h"
 #include "core/vec.h"
 #include "core/vec_math.h"
 #include "cross_entropy/cross_entropy.h"
@@ -25,6 +26,9 @@ using namespace ::fusedstep::FUSEDSTEP_LEVEL;
 constexpr std::int64_t kMaxTileClasses = 112;
 // Below this many rows a tile is mostly empty.
 constexpr std::int64_t kMinTileRows = 4;
+
+// Classes summed in a row before they join the total: rounding grows with C / kTileBlock.
+constexpr std::int64_t kTileBlock = 16;
 
 // Uninitialised scratch of n elements: on the stack when small.
 template <class A>
@@ -53,8 +57,10 @@ template <class A>
 struct NoDense {
     static constexpr bool kDense = false;
     static constexpr bool kPerRow = false;
+    static constexpr A mass{};  // the sum over the classes
 
     A scalar(std::int64_t) const { return A{}; }
+    FUSEDSTEP_VEC Vec<A> across_rows(std::int64_t) const { return Vec<A>{}; }
 };
 
 // Label smoothing: u_c = smoothing / C * w_c in every row.
@@ -64,6 +70,7 @@ struct SmoothDense {
     static constexpr bool kPerRow = false;
     const A* weight;
     A per_class;
+    A mass;  // the sum over the classes
 
     A scalar(std::int64_t c) const { return weight ? per_class * weight[c] : per_class; }
     FUSEDSTEP_VEC Vec<A> along_classes(std::int64_t c) const {
@@ -108,7 +115,7 @@ struct ProbabilityDense {
 template <class A>
 struct ExpSums {
     A exp_sum;     // S
-    A target_sum;  // dense part of U
+    A target_sum;  // dense part of U, where rows differ in it
     A target_dot;  // dense part of L
 };
 
@@ -150,7 +157,7 @@ ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximu
                        s += v;
                        if constexpr (Dense::kDense) {
                            Vec<A> const u = dense.along_classes(c);
-                           u_sum += u;
+                           if constexpr (Dense::kPerRow) u_sum += u;
                            u_dot = fmadd(u, shifted, u_dot);
                        }
                    };
@@ -191,25 +198,25 @@ ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximu
 }
 
 // grad_c = value(c) * scale - u_c * gradient_scale, where value is exp(x_c - m), read or
-// recomputed.
+// recomputed. Both products are rounded, so that they cancel to zero where they are equal (one
+// class).
 template <class T, class Dense, class Value, class ValuePartial>
 void gradient_pass(std::int64_t classes, acc_t<T> scale, const Dense& dense,
                    acc_t<T> gradient_scale, T* grad, Value value, ValuePartial value_partial) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     Vec<A> const k = broadcast(scale);
-    [[maybe_unused]] Vec<A> const minus = broadcast(-gradient_scale);
     std::int64_t c = 0;
 #pragma GCC unroll 4
     for (; c + L <= classes; c += L) {
         Vec<A> g = value(c) * k;
-        if constexpr (Dense::kDense) g = fmadd(dense.along_classes(c), minus, g);
+        if constexpr (Dense::kDense) g -= dense.along_classes(c) * gradient_scale;
         store(grad + c, g);
     }
     if (c < classes) {
         std::int64_t const n = classes - c;
         Vec<A> g = value_partial(c, n) * k;
-        if constexpr (Dense::kDense) g = fmadd(dense.along_classes_partial(c, n), minus, g);
+        if constexpr (Dense::kDense) g -= dense.along_classes_partial(c, n) * gradient_scale;
         store_partial(grad + c, g, n);
     }
 }
@@ -363,7 +370,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             if constexpr (!Dense::kPerRow) {
                 std::int64_t const y = args.target_index[row];
                 A const u_y = p.true_class_u(y);
-                sums.target_sum += u_y;
+                sums.target_sum = dense.mass + u_y;
                 sums.target_dot += u_y * (to_acc(x[y]) - m);
                 if (grad) e_y = e[y];
             }
@@ -537,15 +544,13 @@ void tile_gradient(const Problem<T, Dense>& p, const TileDense& dense,
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     Vec<A> const k = scale * upstream;
-    Vec<A> const at_truth = truth.u * upstream;
     for (std::int64_t c = 0; c < p.args.classes; ++c) {
-        Vec<A> g = load(tile + c * L) * k;
-        if constexpr (Dense::kDense) g = fmadd(dense.across_rows(c), -upstream, g);
+        Vec<A> u = dense.across_rows(c);
         if constexpr (!Dense::kPerRow) {
-            VecInt<A> const here = truth.index == static_cast<LaneInt<A>>(c);
-            g = here ? g - at_truth : g;
-            g = truth.live ? g : Vec<A>{};
+            u += truth.index == static_cast<LaneInt<A>>(c) ? truth.u : Vec<A>{};
         }
+        Vec<A> g = load(tile + c * L) * k - u * upstream;
+        if constexpr (!Dense::kPerRow) g = truth.live ? g : Vec<A>{};
         store(tile + c * L, g);
     }
 }
@@ -583,19 +588,28 @@ double forward_by_tile(const Problem<T, Dense>& p, TileDense tile_dense, std::in
             if constexpr (!Dense::kPerRow) {
                 Vec<A> x_y;
                 for (int r = 0; r < L; ++r) x_y[r] = tile[truth.index[r] * L + r];
+                target_sum += tile_dense.mass;
                 target_dot = truth.u * (x_y - m);
             }
             Vec<A> exp_sum{};
-            for (std::int64_t c = 0; c < classes; ++c) {
-                Vec<A> const shifted = load(tile + c * L) - m;
-                Vec<A> const e = exp(shifted);
-                store(tile + c * L, e);
-                exp_sum += e;
-                if constexpr (Dense::kDense) {
-                    Vec<A> const u = tile_dense.across_rows(c);
-                    target_sum += u;
-                    target_dot = fmadd(u, shifted, target_dot);
+            for (std::int64_t block = 0; block < classes; block += kTileBlock) {
+                std::int64_t const block_end =
+                    block + kTileBlock < classes ? block + kTileBlock : classes;
+                Vec<A> s{}, u_sum{}, u_dot{};
+                for (std::int64_t c = block; c < block_end; ++c) {
+                    Vec<A> const shifted = load(tile + c * L) - m;
+                    Vec<A> const e = exp(shifted);
+                    store(tile + c * L, e);
+                    s += e;
+                    if constexpr (Dense::kDense) {
+                        Vec<A> const u = tile_dense.across_rows(c);
+                        if constexpr (Dense::kPerRow) u_sum += u;
+                        u_dot = fmadd(u, shifted, u_dot);
+                    }
                 }
+                exp_sum += s;
+                if constexpr (Dense::kPerRow) target_sum += u_sum;
+                if constexpr (Dense::kDense) target_dot += u_dot;
             }
             Vec<A> loss = row_loss(target_sum, log(exp_sum), target_dot);
             loss = truth.live ? loss : Vec<A>{};
@@ -675,7 +689,8 @@ auto with_problem(const Args& args, F f) {
             return f(make_problem<T>(args, NoDense<A>{}), NoDense<A>{});
         }
         if (args.target_kind == TargetKind::smoothed_index) {
-            SmoothDense<A> const dense{weight, per_class};
+            SmoothDense<A> const dense{weight, per_class,
+                                       per_class * static_cast<A>(args.weight_sum)};
             return f(make_problem<T>(args, dense), dense);
         }
         A const keep = static_cast<A>(1.0 - args.label_smoothing);
@@ -727,13 +742,14 @@ TargetScan scan_targets(const Args& args, std::int64_t begin, std::int64_t end) 
             if (target[row] != args.ignore_index && !in_range) scan.first_invalid = row;
         }
     } else if (args.weight) {
-        scan.weight_sum = 0;
         bool const wide = args.dtype == DType::float64;
+        CompensatedSum sum;
         for (std::int64_t row = begin; row < end; ++row) {
             if (target[row] == args.ignore_index) continue;
-            scan.weight_sum += wide ? static_cast<const double*>(args.weight)[target[row]]
-                                    : static_cast<const float*>(args.weight)[target[row]];
+            sum.add(wide ? static_cast<const double*>(args.weight)[target[row]]
+                         : static_cast<const float*>(args.weight)[target[row]]);
         }
+        scan.weight_sum = sum.total();
     }
     return scan;
 }

@@ -44,6 +44,7 @@ struct Args {
     std::int64_t target_row_strides[kMaxRowDims];
 
     const void* weight;      // one per class, contiguous, in acc_t; null: all one
+    double weight_sum;       // of label smoothing: over all classes (classes where weight is null)
     double label_smoothing;  // in [0, 1]
 
     // Multiplies the gradient: 1 / (sum of the rows' weights) for a mean, else 1.

@@ -29,14 +29,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <mutex>
 #include <tuple>
 #include <utility>
 #include <vector>
 
-#include "core/huge_pages.h"
+#include "core/compensated_sum.h"
 #include "cross_entropy/binding.h"
 #include "cross_entropy/cross_entropy.h"
+#include "torch_glue/gradient_memory.h"
 #include "torch_glue/node.h"
 #include "torch_glue/plain.h"
 
@@ -101,7 +103,8 @@ std::optional<at::ScalarType> loss_type(const Tensor& logits, const Tensor& targ
                                         const OptionalTensor& weight, bool probabilities) {
     at::ScalarType const type = logits.scalar_type();
     if (!kernel_dtype(type)) return std::nullopt;
-    bool const autocast = at::autocast::is_autocast_enabled(logits.device().type());
+    bool const autocast =
+        !logits.is_meta() && at::autocast::is_autocast_enabled(logits.device().type());
     bool const narrow = type == at::kBFloat16 || type == at::kHalf;
     at::ScalarType loss = autocast && narrow ? at::kFloat : type;
     if (probabilities && target.scalar_type() != type) {
@@ -153,6 +156,21 @@ std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tens
 }
 
 // ---- Kernel arguments ----
+
+void write_scalar(const Tensor& tensor, std::int64_t index, double value) {
+    dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        static_cast<T*>(tensor.mutable_data_ptr())[index] =
+            from_acc<T>(static_cast<acc_t<T>>(value));
+    });
+}
+
+double read_scalar(const Tensor& tensor, std::int64_t index) {
+    return dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) -> double {
+        using T = typename decltype(tag)::type;
+        return to_acc(static_cast<const T*>(tensor.const_data_ptr())[index]);
+    });
+}
 
 // Row dimensions, merged wherever every operand allows it.
 struct RowLayout {
@@ -232,19 +250,18 @@ struct KernelArgs {
             args.target_index = target.const_data_ptr<std::int64_t>();
         }
         args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+        args.weight_sum = static_cast<double>(args.classes);
+        if (weight.defined() && args.target_kind == TargetKind::smoothed_index) {
+            CompensatedSum sum;
+            for (std::int64_t c = 0; c < args.classes; ++c) sum.add(read_scalar(weight, c));
+            args.weight_sum = sum.total();
+        }
         if (grad.defined()) {
             args.grad = grad.mutable_data_ptr();
             args.grad_class_stride = grad.stride(class_dim);
         }
     }
 };
-
-// Memory for a gradient, strided as the logits are where they are dense.
-Tensor empty_gradient(const Tensor& logits) {
-    Tensor grad = at::empty_like(logits);
-    prefer_huge_pages(grad.mutable_data_ptr(), grad.nbytes());
-    return grad;
-}
 
 // ---- CPU: fixed chunks of rows, any number of threads ----
 
@@ -268,30 +285,15 @@ double scan_targets_cpu(const Args& args) {
                    [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
                        scans[chunk] = cpu_kernels().scan_targets(args, begin, end);
                    });
-    double sum = 0;
+    CompensatedSum sum;
     for (const TargetScan& scan : scans) {
         TORCH_CHECK_INDEX(scan.first_invalid < 0, "cross_entropy: target ",
                           args.target_index[scan.first_invalid], " at row ", scan.first_invalid,
                           " is out of bounds for ", args.classes,
                           " classes (and is not ignore_index, ", args.ignore_index, ")");
-        sum += scan.weight_sum;
+        sum.add(scan.weight_sum);
     }
-    return sum;
-}
-
-void write_scalar(const Tensor& tensor, std::int64_t index, double value) {
-    dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        static_cast<T*>(tensor.mutable_data_ptr())[index] =
-            from_acc<T>(static_cast<acc_t<T>>(value));
-    });
-}
-
-double read_scalar(const Tensor& tensor, std::int64_t index) {
-    return dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) -> double {
-        using T = typename decltype(tag)::type;
-        return to_acc(static_cast<const T*>(tensor.const_data_ptr())[index]);
-    });
+    return sum.total();
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tensor& target,
@@ -306,7 +308,11 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
 
     double row_weights = static_cast<double>(args.rows);
     if (args.target_kind != TargetKind::probability) row_weights = scan_targets_cpu(args);
-    if (reduction == Reduction::mean) args.gradient_scale = 1.0 / row_weights;
+    // A mean over no weight at all is NaN, and so is the gradient of every row in it.
+    if (reduction == Reduction::mean) {
+        args.gradient_scale =
+            row_weights == 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / row_weights;
+    }
 
     Tensor const stats = at::empty({with_stats ? 2 * args.rows + 1 : 0},
                                    logits.options().dtype(accumulate_type(logits.scalar_type())));
@@ -330,9 +336,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
                        sums[chunk] = cpu_kernels().forward(args, begin, end);
                    });
     if (reduction != Reduction::none) {
-        double total = 0;
-        for (double sum : sums) total += sum;
-        write_scalar(loss, 0, reduction == Reduction::mean ? total / row_weights : total);
+        CompensatedSum total;
+        for (double sum : sums) total.add(sum);
+        write_scalar(loss, 0, total.total() * args.gradient_scale);
     }
     return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats};
 }
@@ -430,7 +436,10 @@ private:
         double const factor = read_scalar(grad_output, 0);
         bool const keep = torch::autograd::get_current_graph_task_keep_graph();
         if (factor == 1.0) return keep ? grad.clone() : std::move(grad);
-        if (stats.defined() && !is_power_of_two(factor)) return recomputed(grad_output);
+        if (stats.defined() && !is_power_of_two(factor)) {
+            if (!keep) grad = Tensor();  // its memory is free before another gradient is made
+            return recomputed(grad_output);
+        }
         return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
     }
 

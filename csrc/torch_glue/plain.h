@@ -32,10 +32,11 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
     return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Carries its meaning outside its memory: functorch wrappers, pending conjugation or negation,
-// efficient zero tensors.
+// Carries its meaning outside its memory: vmap and functorch wrappers, pending conjugation or
+// negation, efficient zero tensors.
 inline bool is_wrapped(const at::Tensor& tensor) {
     constexpr c10::DispatchKeySet kWrappers({
+        c10::DispatchKey::Batched,
         c10::DispatchKey::FuncTorchBatched,
         c10::DispatchKey::FuncTorchGradWrapper,
         c10::DispatchKey::BatchedNestedTensor,

@@ -77,7 +77,10 @@ def cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
         return loss
-    fused = _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
+    try:
+        fused = _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
+    except TypeError:  # not a number; torch's own op names the argument
+        fused = None
     if fused is not None:
         return fused
     return _torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
