@@ -11,6 +11,7 @@ import random
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -1189,6 +1190,39 @@ def peak_memory(work: Callable[[], Any]) -> int:
     changes = [event.nbytes() for event in events if event.name() == "[memory]"]
     assert changes and kept is not None
     return max(itertools.accumulate(changes))
+
+
+def large_gradient(seed: int) -> tuple[Tensor, Tensor]:
+    """A gradient of 2 MB, whose memory is kept for the next once freed, and what it should be."""
+    torch.manual_seed(seed)
+    x, y = torch.randn(512, 1000, requires_grad=True), torch.randint(1000, (512,))
+    (expected,) = torch.autograd.grad(native.cross_entropy(x, y), x)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(x, y), x)
+    return gradient, expected
+
+
+def test_memory_of_a_freed_gradient_serves_the_next_and_that_of_a_live_one_nobody_else() -> None:
+    first, expected = large_gradient(0)
+    second, _ = large_gradient(1)
+    assert first.data_ptr() != second.data_ptr()
+    torch.testing.assert_close(first, expected)
+    freed = second.data_ptr()
+    del second
+    third, expected = large_gradient(2)
+    assert third.data_ptr() == freed
+    third.resize_(2048, 1000)
+    torch.testing.assert_close(third[:512], expected)
+    torch.testing.assert_close(copy.deepcopy(third)[:512], expected)
+
+
+def test_gradients_of_several_threads_do_not_share_memory() -> None:
+    def check(thread: int) -> None:
+        for repetition in range(5):
+            gradient, expected = large_gradient(10 * thread + repetition)
+            torch.testing.assert_close(gradient, expected)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(check, range(4)))
 
 
 @pytest.mark.parametrize("target", ["long", "probabilities"])
