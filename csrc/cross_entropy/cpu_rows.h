@@ -555,123 +555,123 @@ void tile_gradient(const Problem<T, Dense>& p, const TileDense& dense,
     }
 }
 
+// Calls f(first row, rows, tile, dense, grad) for every tile of rows [begin, end): tile holds its
+// logits, dense its part of u, and the gradient of its first row is at grad.
+template <class T, class Dense, class TileDense, class F>
+void for_each_tile(const Problem<T, Dense>& p, TileDense dense, std::int64_t begin,
+                   std::int64_t end, F f) {
+    using A = acc_t<T>;
+    constexpr int L = kLanes<A>;
+    const Args& args = p.args;
+    Scratch<A> tile(args.classes * L);
+    Scratch<A> target(Dense::kPerRow ? args.classes * L : 0);
+    for_each_run(args, begin, end, [&](std::int64_t first, std::int64_t count, Offsets at) {
+        for (std::int64_t i = 0; i < count; i += L) {
+            int const n = static_cast<int>(count - i < L ? count - i : L);
+            pack_tile(p.logits + at.logits + i * p.stride.logits, p.stride.logits,
+                      args.logits_class_stride, n, args.classes, tile.data());
+            if constexpr (Dense::kPerRow) {
+                pack_tile(p.dense.target + at.target + i * p.stride.target, p.stride.target,
+                          args.target_class_stride, n, args.classes, target.data());
+                dense.target = target.data();
+            }
+            f(first + i, n, tile.data(), dense,
+              p.grad ? p.grad + at.grad + i * p.stride.grad : nullptr);
+        }
+    });
+}
+
 template <class T, class Dense, class TileDense>
-double forward_by_tile(const Problem<T, Dense>& p, TileDense tile_dense, std::int64_t begin,
+double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, std::int64_t begin,
                        std::int64_t end) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     const Args& args = p.args;
     std::int64_t const classes = args.classes;
-    Scratch<A> scratch(classes * L);
-    A* const tile = scratch.data();
-    Scratch<A> target_scratch(Dense::kPerRow ? classes * L : 0);
     DoubleSum<A> total;
+    for_each_tile(p, tile_dense, begin, end,
+                  [&](std::int64_t row, int n, A* tile, const TileDense& dense, T* grad) {
+                      TrueClasses<A> const truth = true_classes(p, row, n);
 
-    for_each_run(args, begin, end, [&](std::int64_t first, std::int64_t count, Offsets at) {
-        for (std::int64_t i = 0; i < count; i += L) {
-            std::int64_t const row = first + i;
-            int const n = static_cast<int>(count - i < L ? count - i : L);
-            pack_tile(p.logits + at.logits + i * p.stride.logits, p.stride.logits,
-                      args.logits_class_stride, n, classes, tile);
-            if constexpr (Dense::kPerRow) {
-                pack_tile(p.dense.target + at.target + i * p.stride.target, p.stride.target,
-                          args.target_class_stride, n, classes, target_scratch.data());
-                tile_dense.target = target_scratch.data();
-            }
-            TrueClasses<A> const truth = true_classes(p, row, n);
+                      Vec<A> m = load(tile);
+                      for (std::int64_t c = 1; c < classes; ++c) m = max(load(tile + c * L), m);
 
-            Vec<A> m = load(tile);
-            for (std::int64_t c = 1; c < classes; ++c) m = max(load(tile + c * L), m);
-
-            Vec<A> target_sum = truth.u;
-            Vec<A> target_dot{};
-            if constexpr (!Dense::kPerRow) {
-                Vec<A> x_y;
-                for (int r = 0; r < L; ++r) x_y[r] = tile[truth.index[r] * L + r];
-                target_sum += tile_dense.mass;
-                target_dot = truth.u * (x_y - m);
-            }
-            Vec<A> exp_sum{};
-            for (std::int64_t block = 0; block < classes; block += kTileBlock) {
-                std::int64_t const block_end =
-                    block + kTileBlock < classes ? block + kTileBlock : classes;
-                Vec<A> s{}, u_sum{}, u_dot{};
-                for (std::int64_t c = block; c < block_end; ++c) {
-                    Vec<A> const shifted = load(tile + c * L) - m;
-                    Vec<A> const e = exp(shifted);
-                    store(tile + c * L, e);
-                    s += e;
-                    if constexpr (Dense::kDense) {
-                        Vec<A> const u = tile_dense.across_rows(c);
-                        if constexpr (Dense::kPerRow) u_sum += u;
-                        u_dot = fmadd(u, shifted, u_dot);
-                    }
-                }
-                exp_sum += s;
-                if constexpr (Dense::kPerRow) target_sum += u_sum;
-                if constexpr (Dense::kDense) target_dot += u_dot;
-            }
-            Vec<A> loss = row_loss(target_sum, log(exp_sum), target_dot);
-            loss = truth.live ? loss : Vec<A>{};
-            Vec<A> const scale = softmax_scale(target_sum, exp_sum);
-            if (args.row_losses) {
-                for (int r = 0; r < n; ++r)
-                    write_row_loss(args, row + r, static_cast<double>(loss[r]));
-            } else {
-                total.add(loss);
-            }
-            if (p.stats) {
-                for (int r = 0; r < n; ++r) {
-                    p.stats[2 * (row + r)] = m[r];
-                    p.stats[2 * (row + r) + 1] = scale[r];
-                }
-            }
-            if (p.grad) {
-                tile_gradient(p, tile_dense, truth, scale, broadcast(p.gradient_scale), tile);
-                unpack_tile(tile, p.grad + at.grad + i * p.stride.grad, p.stride.grad,
-                            args.grad_class_stride, n, classes);
-            }
-        }
-    });
+                      Vec<A> target_sum = truth.u;
+                      Vec<A> target_dot{};
+                      if constexpr (!Dense::kPerRow) {
+                          Vec<A> x_y;
+                          for (int r = 0; r < L; ++r) {
+                              x_y[r] = tile[static_cast<std::int64_t>(truth.index[r]) * L + r];
+                          }
+                          target_sum += dense.mass;
+                          target_dot = truth.u * (x_y - m);
+                      }
+                      Vec<A> exp_sum{};
+                      for (std::int64_t block = 0; block < classes; block += kTileBlock) {
+                          std::int64_t const block_end =
+                              block + kTileBlock < classes ? block + kTileBlock : classes;
+                          Vec<A> s{}, u_sum{}, u_dot{};
+                          for (std::int64_t c = block; c < block_end; ++c) {
+                              Vec<A> const shifted = load(tile + c * L) - m;
+                              Vec<A> const e = exp(shifted);
+                              store(tile + c * L, e);
+                              s += e;
+                              if constexpr (Dense::kDense) {
+                                  Vec<A> const u = dense.across_rows(c);
+                                  if constexpr (Dense::kPerRow) u_sum += u;
+                                  u_dot = fmadd(u, shifted, u_dot);
+                              }
+                          }
+                          exp_sum += s;
+                          if constexpr (Dense::kPerRow) target_sum += u_sum;
+                          if constexpr (Dense::kDense) target_dot += u_dot;
+                      }
+                      Vec<A> loss = row_loss(target_sum, log(exp_sum), target_dot);
+                      loss = truth.live ? loss : Vec<A>{};
+                      Vec<A> const scale = softmax_scale(target_sum, exp_sum);
+                      if (args.row_losses) {
+                          for (int r = 0; r < n; ++r) {
+                              write_row_loss(args, row + r, static_cast<double>(loss[r]));
+                          }
+                      } else {
+                          total.add(loss);
+                      }
+                      if (p.stats) {
+                          for (int r = 0; r < n; ++r) {
+                              p.stats[2 * (row + r)] = m[r];
+                              p.stats[2 * (row + r) + 1] = scale[r];
+                          }
+                      }
+                      if (grad) {
+                          tile_gradient(p, dense, truth, scale, broadcast(p.gradient_scale), tile);
+                          unpack_tile(tile, grad, p.stride.grad, args.grad_class_stride, n,
+                                      classes);
+                      }
+                  });
     return total.total();
 }
 
 template <class T, class Dense, class TileDense>
-void backward_by_tile(const Problem<T, Dense>& p, TileDense tile_dense, std::int64_t begin,
+void backward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, std::int64_t begin,
                       std::int64_t end) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     const Args& args = p.args;
-    std::int64_t const classes = args.classes;
-    Scratch<A> scratch(classes * L);
-    A* const tile = scratch.data();
-    Scratch<A> target_scratch(Dense::kPerRow ? classes * L : 0);
-
-    for_each_run(args, begin, end, [&](std::int64_t first, std::int64_t count, Offsets at) {
-        for (std::int64_t i = 0; i < count; i += L) {
-            std::int64_t const row = first + i;
-            int const n = static_cast<int>(count - i < L ? count - i : L);
-            pack_tile(p.logits + at.logits + i * p.stride.logits, p.stride.logits,
-                      args.logits_class_stride, n, classes, tile);
-            if constexpr (Dense::kPerRow) {
-                pack_tile(p.dense.target + at.target + i * p.stride.target, p.stride.target,
-                          args.target_class_stride, n, classes, target_scratch.data());
-                tile_dense.target = target_scratch.data();
-            }
-            Vec<A> m{}, scale{}, upstream{};
-            for (int r = 0; r < n; ++r) {
-                m[r] = p.stats[2 * (row + r)];
-                scale[r] = p.stats[2 * (row + r) + 1];
-                upstream[r] = p.upstream(row + r);
-            }
-            for (std::int64_t c = 0; c < classes; ++c) {
-                store(tile + c * L, exp(load(tile + c * L) - m));
-            }
-            tile_gradient(p, tile_dense, true_classes(p, row, n), scale, upstream, tile);
-            unpack_tile(tile, p.grad + at.grad + i * p.stride.grad, p.stride.grad,
-                        args.grad_class_stride, n, classes);
-        }
-    });
+    for_each_tile(p, tile_dense, begin, end,
+                  [&](std::int64_t row, int n, A* tile, const TileDense& dense, T* grad) {
+                      Vec<A> m{}, scale{}, upstream{};
+                      for (int r = 0; r < n; ++r) {
+                          m[r] = p.stats[2 * (row + r)];
+                          scale[r] = p.stats[2 * (row + r) + 1];
+                          upstream[r] = p.upstream(row + r);
+                      }
+                      for (std::int64_t c = 0; c < args.classes; ++c) {
+                          store(tile + c * L, exp(load(tile + c * L) - m));
+                      }
+                      tile_gradient(p, dense, true_classes(p, row, n), scale, upstream, tile);
+                      unpack_tile(tile, grad, p.stride.grad, args.grad_class_stride, n,
+                                  args.classes);
+                  });
 }
 
 // ---- Entry points: from runtime kinds to types ----
