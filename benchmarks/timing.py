@@ -39,9 +39,6 @@ class Spread:
         low, median, high = np.quantile(sample, [0.25, 0.5, 0.75]).tolist()
         return cls(median, low, high)
 
-    def scaled(self, factor: float) -> Spread:
-        return Spread(factor * self.median, factor * self.low, factor * self.high)
-
 
 @dataclass(frozen=True)
 class Measurement:

@@ -351,7 +351,6 @@ def test_medians_are_over_rounds_and_ratios_within_them() -> None:
     assert measured.time("slow") == timing.Spread(6.6, 6.3, 33.3)
     assert measured.ratio("slow", "fast").median == pytest.approx(3.0)
     assert measured.ratio("slow", "fast").high == pytest.approx(3.5)
-    assert timing.Spread(1.0, 0.5, 2.0).scaled(3.0) == timing.Spread(3.0, 1.5, 6.0)
 
 
 def test_garbage_collection_resumes_after_a_failure() -> None:
