@@ -63,6 +63,9 @@ def cross_entropy(
         ValueError: ``reduction`` is unknown, or the batch sizes of ``input`` and ``target`` differ.
         RuntimeError: Shapes or dtypes do not fit together.
 
+    With ``reduction="none"``, and for 16-bit logits, the backward pass may read the logits again:
+    changing them in place in between raises autograd's RuntimeError, where torch would not notice.
+
     Arguments outside the above (other devices, tensor subclasses, ``torch.func`` transforms,
     forward-mode differentiation, a ``target`` or ``weight`` that requires a gradient) go to torch's
     own op.
