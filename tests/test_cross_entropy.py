@@ -1192,6 +1192,31 @@ def peak_memory(work: Callable[[], Any]) -> int:
     return max(itertools.accumulate(changes))
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (5, 700)], ids=str)
+def test_an_index_that_goes_out_of_range_behind_autograd_is_refused(shape: tuple[int, int]) -> None:
+    logits, target = torch.randn(shape, requires_grad=True), torch.zeros(5, dtype=torch.int64)
+    loss = F.cross_entropy(logits, target, reduction="none")
+    target.numpy()[3] = 10**9
+    with pytest.raises(IndexError, match="target 1000000000 at row 3"):
+        loss.sum().backward()
+    assert logits.grad is None
+
+
+def test_operators_refuse_tensors_that_do_not_fit() -> None:
+    forward = torch.ops.fusedstep.cross_entropy_forward
+    backward = torch.ops.fusedstep.cross_entropy_backward
+    x, y = torch.randn(5, 7), torch.zeros(5, dtype=torch.int64)
+    rest = (1, -100, 0.0, F32, True, True)
+    with pytest.raises(RuntimeError, match="target of shape"):
+        forward(x, y[:4], None, *rest)
+    with pytest.raises(RuntimeError, match="weight must have"):
+        forward(x, y, torch.ones(6), *rest)
+    _, _, stats = forward(x, y, None, *rest)
+    for grad_output, wrong in ((torch.ones(4), stats), (torch.ones(()), stats[:-1])):
+        with pytest.raises(RuntimeError, match="do not belong"):
+            backward(grad_output, x, y, None, -100, 0.0, wrong)
+
+
 def large_gradient(seed: int) -> tuple[Tensor, Tensor]:
     """A gradient of 2 MB, whose memory is kept for the next once freed, and what it should be."""
     torch.manual_seed(seed)

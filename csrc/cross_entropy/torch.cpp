@@ -33,7 +33,6 @@
 #include <mutex>
 #include <tuple>
 #include <utility>
-#include <vector>
 
 #include "core/compensated_sum.h"
 #include "cross_entropy/binding.h"
@@ -228,6 +227,13 @@ struct KernelArgs {
 
         args.classes = logits.size(class_dim);
         args.rows = logits.numel() / args.classes;
+        // The operators can be called without what cross_entropy() checks first.
+        TORCH_CHECK(probabilities ? target.sizes() == logits.sizes() : target.numel() == args.rows,
+                    "cross_entropy: target of shape ", target.sizes(),
+                    " does not fit logits of shape ", logits.sizes());
+        TORCH_CHECK(!weight.defined() || weight.numel() == args.classes,
+                    "cross_entropy: weight must have one value for each of ", args.classes,
+                    " classes, but has shape ", weight.sizes());
         args.row_dims = layout.dims;
         std::copy_n(layout.sizes, layout.dims, args.row_sizes);
         std::copy_n(layout.logits, layout.dims, args.logits_row_strides);
@@ -349,6 +355,11 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
     Tensor const grad = empty_gradient(logits);
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
     Args& args = kernel.args;
+    // Class indices are looked at again: memory can change without autograd noticing (numpy).
+    if (args.target_kind != TargetKind::probability) scan_targets_cpu(args);
+    TORCH_CHECK(stats.numel() == 2 * args.rows + 1 &&
+                    (grad_output.numel() == 1 || grad_output.numel() == args.rows),
+                "cross_entropy: stats and grad_output do not belong to ", args.rows, " rows");
     Tensor const upstream = grad_output.to(accumulate_type(logits.scalar_type())).contiguous();
     args.grad_output = upstream.const_data_ptr();
     args.grad_output_stride = upstream.numel() == 1 ? 0 : 1;

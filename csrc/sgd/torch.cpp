@@ -281,7 +281,7 @@ bool StepPlan::add(const py::object& param_object, const Hyperparameters& h) {
 void StepPlan::run() {
     // A thread takes at least 32,768 elements, as in torch's own elementwise kernels.
     constexpr std::int64_t kGrain = 32768 / kChunk;
-    // From a million elements on (a millisecond from memory) other Python threads may run.
+    // From a million elements on (half a millisecond from memory) other Python threads may run.
     constexpr std::int64_t kReleaseGil = (std::int64_t{1} << 20) / kChunk;
 
     Step const step{groups_.data(), entries_.data(), static_cast<std::int64_t>(entries_.size()),
