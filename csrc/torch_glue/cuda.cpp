@@ -1,0 +1,40 @@
+#include "torch_glue/cuda.h"
+
+#if defined(FUSEDSTEP_CUDA)
+
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <mutex>
+
+namespace fusedstep {
+
+const DeviceLimits& device_limits(c10::Device device) {
+    constexpr int kMaxDevices = 64;
+    static std::array<DeviceLimits, kMaxDevices> limits;
+    static std::array<std::once_flag, kMaxDevices> known;
+    int const index = device.has_index() ? device.index() : 0;
+    TORCH_CHECK(index < kMaxDevices, "fusedstep knows ", kMaxDevices, " CUDA devices, not ", index);
+    std::call_once(known[index], [&] {
+        auto const attribute = [index](cudaDeviceAttr name) {
+            int value = 0;
+            check_launch(cudaDeviceGetAttribute(&value, name, index), "device query");
+            return value;
+        };
+        limits[index] = {attribute(cudaDevAttrMultiProcessorCount),
+                         10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                             attribute(cudaDevAttrComputeCapabilityMinor)};
+    });
+    return limits[index];
+}
+
+void check_launch(cudaError_t error, const char* op) {
+    if (error == cudaSuccess) return;
+    static_cast<void>(cudaGetLastError());  // reported here, and to nobody else
+    TORCH_CHECK(false, "fusedstep: ", op, " failed: ", cudaGetErrorString(error), " (",
+                cudaGetErrorName(error), ")");
+}
+
+}  // namespace fusedstep
+
+#endif

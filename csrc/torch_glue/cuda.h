@@ -1,0 +1,46 @@
+// What the rooms' torch files need of CUDA. Only in builds with FUSEDSTEP_CUDA.
+#pragma once
+
+#if defined(FUSEDSTEP_CUDA)
+
+#include <ATen/core/Tensor.h>
+#include <cuda_runtime.h>
+
+#include "core/cuda_launch.h"
+
+#if !defined(FUSEDSTEP_EMULATED_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace fusedstep {
+
+#if defined(FUSEDSTEP_EMULATED_CUDA)
+
+// The emulator's device is this machine's memory: CPU tensors run the CUDA code.
+inline constexpr c10::DeviceType kCudaDevice = c10::kCPU;
+struct CudaGuard {
+    explicit CudaGuard(c10::Device) {}
+};
+inline cudaStream_t current_stream(c10::Device) { return nullptr; }
+
+#else
+
+inline constexpr c10::DeviceType kCudaDevice = c10::kCUDA;
+using CudaGuard = c10::cuda::CUDAGuard;
+inline cudaStream_t current_stream(c10::Device device) {
+    return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+}
+
+#endif
+
+inline bool is_cuda(const at::Tensor& tensor) { return tensor.device().type() == kCudaDevice; }
+
+const DeviceLimits& device_limits(c10::Device device);
+
+// Raises, naming the operator, where a launch failed.
+void check_launch(cudaError_t error, const char* op);
+
+}  // namespace fusedstep
+
+#endif
