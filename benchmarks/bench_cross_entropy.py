@@ -1,10 +1,16 @@
 """Cross-entropy forward and backward: fusedstep against torch, and against what the machine allows.
 
-Measured is `f(x, y).backward(); x.grad = None` on standard-normal logits x, in one interleaved run
-with two floors: the autograd round trip `x.sum().backward(); x.grad = None`, below which no small
-loss can go, and `torch.exp(x)`, one read, one exponential and one write of the logits, below which
-no large one can. FLOOR_ELEMENTS says where the one gives way to the other. Before that fusedstep's
-loss and gradient are compared with torch's in float64; where they differ nothing is timed.
+Measured is `x.grad = None; f(x, y).backward()` on standard-normal logits x, in one interleaved run
+with two floors: the autograd round trip `x.grad = None; x.sum().backward()`, below which no small
+loss can go, and one read and one write of the logits, below which no large one can: on the CPU
+`torch.exp(x)`, whose exponentials no loss is without, on CUDA `copy_()`. FLOOR_ELEMENTS says where
+on the CPU the one gives way to the other; on CUDA the floor is the one that took longer. Before
+that fusedstep's loss and gradient are compared with torch's in float64; where they differ nothing
+is timed.
+
+On CUDA the operands, their gradients with them, rotate through more memory than the L2 cache holds;
+the share of copy bandwidth counts one read and one write of the logits, and the peak memory is what
+forward and backward hold at once beyond their operands.
 """
 
 import math
@@ -23,7 +29,7 @@ from typer import Option
 import cli
 import report
 from correctness import require_close
-from timing import Call, Spread, buffer_sets, measure
+from timing import Call, Spread, buffer_sets, measure, peak_bytes
 
 FLOOR_ELEMENTS = 256_000
 
@@ -62,8 +68,8 @@ class Operands:
         x, y = self.x, self.y
 
         def call() -> None:
-            f(x, y).backward()
             x.grad = None
+            f(x, y).backward()
 
         return call
 
@@ -71,10 +77,27 @@ class Operands:
         x = self.x
 
         def call() -> None:
-            x.sum().backward()
             x.grad = None
+            x.sum().backward()
 
         return call
+
+    def exp(self) -> Call:
+        x, logits = self.x, self.x.detach()
+
+        def call() -> None:
+            x.grad = None
+            torch.exp(logits)
+
+        return call
+
+    def copy(self) -> Call:
+        logits = self.x.detach()
+        return partial(torch.empty_like(logits).copy_, logits)
+
+    def peak_bytes(self, cross_entropy: CrossEntropy) -> int | None:
+        self.x.grad = None
+        return peak_bytes(self.forward_backward(cross_entropy), self.x.device.type)
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,10 @@ class Row:
     floor_name: str
     floor: Spread
     over_floor: Spread
+    copy_bandwidth: Spread | None
+    """On CUDA: the share of it that fusedstep reaches."""
+    peak_bytes: dict[str, int] | None
+    """On CUDA: of the implementations."""
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -154,45 +181,61 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "floor": lambda row: f"{report.seconds(row.floor.median)} ({row.floor_name})",
     "fusedstep / floor": lambda row: report.spread(row.over_floor, report.factor),
 }
+CUDA_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "share of copy\nbandwidth": lambda row: (
+        f"{row.copy_bandwidth.median:.0%}" if row.copy_bandwidth else ""
+    ),
+    "peak memory: native, fusedstep": lambda row: (
+        ", ".join(map(report.memory, row.peak_bytes.values())) if row.peak_bytes else ""
+    ),
+}
 
 
 def check(case: Case, dtype: torch.dtype, device: str, ours: CrossEntropy) -> None:
     operands = case.operands(dtype, device)
-    computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-    stored = torch.finfo(dtype)
     for what, actual, expected in zip(
         ("the loss", "the gradient"),
         operands.loss_and_gradient(ours),
         operands.double().loss_and_gradient(F.cross_entropy),
         strict=True,
     ):
-        require_close(
-            f"{what} of {case.name} in {dtype}",
-            actual,
-            expected,
-            rtol=64 * computed.eps + stored.eps,
-            # softmax - 1 cancels at the target; the smallest results are subnormal
-            atol=4 * computed.eps * expected.abs().max().item() + stored.tiny * stored.eps,
-        )
+        require_exact(f"{what} of {case.name} in {dtype}", actual, expected, dtype)
+
+
+def require_exact(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """As exact as computing in float32, or float64, and rounding once to `dtype` leaves it."""
+    computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    stored = torch.finfo(dtype)
+    require_close(
+        what,
+        actual,
+        expected,
+        rtol=64 * computed.eps + stored.eps,
+        # softmax - 1 cancels at the target; the smallest results are subnormal
+        atol=4 * computed.eps * expected.abs().max().item() + stored.tiny * stored.eps,
+    )
 
 
 def bench(case: Case, dtype_name: str, options: Options, ours: CrossEntropy) -> Row:
-    dtype = DTYPES[dtype_name]
+    dtype, on_cuda = DTYPES[dtype_name], options.device == "cuda"
     check(case, dtype, options.device, ours)
-    first = case.operands(dtype, options.device)
-    copies = buffer_sets(first.x.nbytes, options.device)
-    sets = [first, *(case.operands(dtype, options.device) for _ in range(copies - 1))]
+    sets = operand_sets(case, dtype, options.device)
+    pass_over = "copy" if on_cuda else "exp"
     measured = measure(
         {
             "native": [operands.forward_backward(F.cross_entropy) for operands in sets],
             "ours": [operands.forward_backward(ours) for operands in sets],
             "round trip": [operands.round_trip() for operands in sets],
-            "exp": [partial(torch.exp, operands.x.detach()) for operands in sets],
+            pass_over: [getattr(operands, pass_over)() for operands in sets],
         },
         options.device,
         options.rounds,
     )
-    floor = "exp" if math.prod(case.shape) >= FLOOR_ELEMENTS else "round trip"
+    if on_cuda:
+        floor = max("round trip", pass_over, key=lambda name: measured.time(name).median)
+    else:
+        floor = pass_over if math.prod(case.shape) >= FLOOR_ELEMENTS else "round trip"
+    peaks = {"native": sets[0].peak_bytes(F.cross_entropy), "ours": sets[0].peak_bytes(ours)}
     return Row(
         case.name,
         dtype_name,
@@ -202,7 +245,16 @@ def bench(case: Case, dtype_name: str, options: Options, ours: CrossEntropy) -> 
         floor,
         measured.time(floor),
         measured.ratio("ours", floor),
+        measured.ratio("copy", "ours") if on_cuda else None,
+        {name: peak for name, peak in peaks.items() if peak is not None} or None,
     )
+
+
+def operand_sets(case: Case, dtype: torch.dtype, device: str) -> list[Operands]:
+    """Equal operands, in as many places as calls must rotate through."""
+    first = case.operands(dtype, device)
+    copies = buffer_sets(first.x.nbytes, device)
+    return [first, *(case.operands(dtype, device) for _ in range(copies - 1))]
 
 
 def main(options: Options) -> None:
@@ -211,7 +263,8 @@ def main(options: Options) -> None:
     ours = cli.require_fusedstep().functional.cross_entropy
     torch.set_num_threads(options.threads)
     rows = [bench(case, dtype, options, ours) for case, dtype in report.progress(work)]
-    report.show("Cross-entropy forward and backward", COLUMNS, rows)
+    columns = COLUMNS | CUDA_COLUMNS if options.device == "cuda" else COLUMNS
+    report.show("Cross-entropy forward and backward", columns, rows)
     sizes = {case(size).name for size in options.sizes.split(",")}
     summary = {
         f"geometric mean of native / fusedstep over the sizes, {dtype}": statistics.geometric_mean(

@@ -102,7 +102,8 @@ def movements(case: Case, name: str, device: str, dtype: torch.dtype) -> list[Te
 
 
 def bench(case: Case, options: Options) -> Row:
-    check(case, options.device)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the default: 10-bit products
+        check(case, options.device)
     steps = {name: case.start(name, options.device)[1] for name in IMPLEMENTATIONS}
     measured = measure(steps, options.device, options.rounds)
     return Row(

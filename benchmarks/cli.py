@@ -57,6 +57,7 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         require_threads(self.threads)
         require_device(self.device)
+        require_kernels(self.device)
         if self.json is not None:
             require_writable(self.json)
 
@@ -95,6 +96,20 @@ def require_threads(threads: int) -> None:
 def require_device(name: str) -> None:
     if name == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: torch finds no CUDA device on this machine")
+
+
+def require_kernels(device: str) -> None:
+    """Refuses a build without kernels for `device`: torch would be measured against itself."""
+    if device != "cuda":
+        return
+    require_fusedstep()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "fusedstep::cross_entropy_forward", "CUDA"
+    ):
+        raise Refusal(
+            "--device cuda: this build of fusedstep has no CUDA kernels "
+            "(`python -m fusedstep info` says what was built)"
+        )
 
 
 def require_writable(path: Path) -> None:

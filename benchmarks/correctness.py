@@ -12,6 +12,15 @@ class WrongResult(Refusal):
     exit_code = 1
 
 
+def require_close_in_norm(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Compares the norm of the error with that of the float64 reference `expected`."""
+    error = ((actual.double() - expected).norm() / expected.norm()).item()
+    if not error <= tolerance:  # NaN included
+        raise WrongResult(
+            f"not timed, {what} is wrong: its relative error is {error:.2g}, not {tolerance:.2g}"
+        )
+
+
 def require_close(what: str, actual: Tensor, expected: Tensor, rtol: float, atol: float) -> None:
     """Compares `actual` of any dtype with the float64 reference `expected`."""
     try:

@@ -4,6 +4,8 @@ environment  torch, fusedstep, python, cpu, capability, cores, threads, gpu, com
 rows         one object per row of the table; times in seconds, a spread as its median and the
              quartiles low and high
 summary      figures over all rows
+
+gpu_check.py adds a few, which it names.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -45,10 +48,21 @@ def environment(device: str) -> dict[str, str | int | None]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": _gpu_model() if device == "cuda" else None,
         "command": shlex.join(sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _gpu_model() -> str:
+    major, minor = torch.cuda.get_device_capability()
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        drivers = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        drivers = "unknown"
+    driver = drivers.splitlines()[0]  # one line a card
+    return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}, driver {driver})"
 
 
 def _cpu_model() -> str:
@@ -99,14 +113,29 @@ def conclude(
     for label, value in summary.items():
         say(f"{label}: {value:.2f}")
     where = environment(options.device)
-    say(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    say_where(where)
     if options.json is not None:
-        document = {
-            "environment": where,
-            "rows": [dataclasses.asdict(row) for row in rows],  # type: ignore[call-overload]
-            "summary": summary,
-        }
-        options.json.write_text(json.dumps(document, indent=2) + "\n")
+        write(options.json, where, rows, summary)
+
+
+def say_where(where: Mapping[str, object]) -> None:
+    say(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+
+
+def write(
+    path: Path,
+    where: Mapping[str, object],
+    rows: Sequence[object],
+    summary: Mapping[str, object],
+    **more: object,
+) -> None:
+    document = {
+        "environment": where,
+        "rows": [dataclasses.asdict(row) for row in rows],  # type: ignore[call-overload]
+        "summary": summary,
+        **more,
+    }
+    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def progress_bar() -> Progress:
@@ -120,6 +149,7 @@ def progress(work: Sequence[T]) -> Iterator[T]:
 
 
 seconds = EngFormatter(unit="s", places=2)
+memory = EngFormatter(unit="B", places=2)
 
 
 def factor(value: float) -> str:

@@ -22,7 +22,8 @@ import torch
 T = TypeVar("T")
 Call = Callable[[], object]
 
-BLOCK_SECONDS = 2e-3
+# On CUDA a block begins on an idle GPU, and what passes until its first kernel must weigh little.
+BLOCK_SECONDS = {"cpu": 2e-3, "cuda": 10e-3}
 MAX_BUFFER_SETS = 64
 
 
@@ -38,6 +39,9 @@ class Spread:
     def of(cls, sample: Sequence[float]) -> Spread:
         low, median, high = np.quantile(sample, [0.25, 0.5, 0.75]).tolist()
         return cls(median, low, high)
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(factor * self.median, factor * self.low, factor * self.high)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ class Measurement:
 
 
 def timed(call: Callable[[], T], device: str) -> tuple[T, float]:
-    """What `call` returns and the seconds it takes, the work it leaves on the GPU included."""
+    """What `call` returns and the seconds it takes, the work it leaves on the GPU included.
+
+    The first event meets an idle GPU and passes at once. Where the GPU waits for the host to launch
+    the next kernel, the time between the events is therefore the host's, as in a training loop.
+    """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -80,6 +88,16 @@ def buffer_sets(nbytes: int, device: str) -> int:
         return 1
     cache = torch.cuda.get_device_properties().L2_cache_size
     return min(math.ceil(2 * cache / nbytes) + 1, MAX_BUFFER_SETS)
+
+
+def peak_bytes(call: Call, device: str) -> int | None:
+    """The most memory that `call` holds at once beyond what is allocated before it; on CUDA."""
+    if device != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(
@@ -114,10 +132,12 @@ class Block:
     def __init__(self, calls: Sequence[Call], device: str) -> None:
         self._turns = cycle(calls)
         self._device = device
-        self._calls = 1
+        self._calls = len(calls)
 
     def warm_up(self) -> None:
-        while min(self._seconds() for _ in range(3)) < BLOCK_SECONDS:
+        self._seconds()  # each call once: it makes the state and memory that later turns find
+        self._calls = 1
+        while min(self._seconds() for _ in range(3)) < BLOCK_SECONDS[self._device]:
             self._calls *= 2
 
     def seconds_per_call(self) -> float:

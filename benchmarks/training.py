@@ -129,6 +129,8 @@ class Config:
         cli.require_range(0, cli.MAX_COUNT, seed=self.seed)
         cli.require_threads(self.threads)
         cli.require_device(self.device)
+        if "fused" in self.implementations:
+            cli.require_kernels(self.device)
         if self.nesterov and self.momentum == 0:
             raise cli.Refusal("--nesterov needs a --momentum above 0")
         if self.plot.suffix != ".png":

@@ -13,6 +13,7 @@ namespace py = pybind11;
 namespace {
 
 using fusedstep::cross_entropy::backward_node_type;
+using fusedstep::cross_entropy::check_targets;
 
 // A torch.Tensor or Parameter itself: a subclass may mean something else by its operations.
 const at::Tensor* plain_tensor(py::handle object) {
@@ -52,6 +53,7 @@ void register_node_type(const std::type_info& node, const char* name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "fusedstep's compiled core.";
     m.def("cross_entropy", torch::wrap_pybind_function(&cross_entropy));
+    m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
     m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
     m.def("cpu_capability", [] { return fusedstep::cpu_level_name(fusedstep::cpu_level()); });

@@ -1,41 +1,99 @@
-"""Devices, seeds and thread counts that every test shares."""
+"""The device under test, seeds and thread counts that every test shares.
+
+``--device cpu`` tests the CPU kernels. ``--device emulator`` tests the CUDA kernels and the CUDA
+side of each torch.cpp on the emulated device, whose tensors are torch's CPU tensors. ``--device
+cuda`` tests them on a card: what a test makes without naming a device lies there.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-
-def devices() -> list[str]:
-    """The CPU always; CUDA where a card is present and this build has kernels for it."""
-    import fusedstep  # noqa: F401  (registers the operator asked about)
-
-    has_cuda_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(
-        "fusedstep::cross_entropy_forward", "CUDA"
-    )
-    return ["cpu", "cuda"] if has_cuda_kernel and torch.cuda.is_available() else ["cpu"]
+Launches = Callable[[], AbstractContextManager[list[str]]]
+launched_by_module: Counter[str] = Counter()
+EMULATED = pytest.StashKey[Any]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="draw other random inputs in every test")
+    parser.addoption(
+        "--device",
+        choices=("cpu", "emulator", "cuda"),
+        default="cpu",
+        help="the CPU's kernels, CUDA's on the emulator, or CUDA's on a card",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "level: kernel test that must also pass at every CPU instruction-set level"
     )
+    device = config.getoption("--device")
+    if device == "emulator":
+        use_emulated_package(config)
+    elif device == "cuda":
+        import fusedstep  # noqa: F401  (registers the operator asked about)
+
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no card")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(
+            "fusedstep::cross_entropy_forward", "CUDA"
+        ):
+            raise pytest.UsageError("--device cuda: this build of fusedstep is without CUDA")
+
+
+def use_emulated_package(config: pytest.Config) -> None:
+    """Make ``import fusedstep`` mean the build whose device is the emulator's."""
+    from emulator import Emulator, build
+
+    is_worker = hasattr(config, "workerinput")
+    try:
+        folder = build.OUT if is_worker else build.build_package()
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from error
+    sys.path.insert(0, str(folder))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+    )
+    import fusedstep
+
+    library = Path(fusedstep._C.__file__)
+    if not library.is_relative_to(folder):
+        raise pytest.UsageError(f"the emulated fusedstep should be imported, not {library}")
+    config.stash[EMULATED] = Emulator(library)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    device = config.getoption("--device")
+    names = {
+        "cpu": lambda: f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "emulator": lambda: (
+            "emulated CUDA, compute capability "
+            + os.environ.get("EMULATOR_COMPUTE_CAPABILITY", "9.0")
+        ),
+        "cuda": lambda: torch.cuda.get_device_name(),
+    }
+    return f"device: {names[device]()}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", devices())
+        option = metafunc.config.getoption("--device")
+        metafunc.parametrize("device", ["cuda" if option == "cuda" else "cpu"])
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +102,8 @@ def seed(request: pytest.FixtureRequest) -> int:
     base = request.config.getoption("--seed")
     value = zlib.crc32(f"{base}:{request.node.nodeid.rpartition('/')[2]}".encode())
     torch.manual_seed(value)
+    if emulated := request.config.stash.get(EMULATED, None):
+        emulated.seed(value)
     print(f"torch.manual_seed({value}), from --seed {base}")
     return value
 
@@ -55,3 +115,89 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """New tensors lie on the device under test.
+
+    The default tensor type, unlike torch.set_default_device(), is no mode around every function
+    call: under such a mode calls go to torch's own operators.
+    """
+    if request.config.getoption("--device") != "cuda":
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated for set_default_device()
+        torch.set_default_tensor_type(torch.cuda.FloatTensor)
+        yield
+        torch.set_default_tensor_type(torch.FloatTensor)
+
+
+@pytest.fixture
+def launches(request: pytest.FixtureRequest) -> Launches:
+    """Records the names of fusedstep's kernels that are launched inside ``with launches() as list``.
+
+    The list is complete behind the block. A test that asks for it is skipped on the CPU.
+    """
+    if emulated := request.config.stash.get(EMULATED, None):
+        return emulated.launches
+    if request.config.getoption("--device") == "cuda":
+        return profiled_launches
+    pytest.skip("counts launches of CUDA kernels")
+
+
+@contextmanager
+def profiled_launches() -> Iterator[list[str]]:
+    from torch.profiler import ProfilerActivity, profile
+
+    kernels: list[str] = []
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        yield kernels
+        torch.cuda.synchronize()
+    kernels += [event.name for event in profiler.events() if "fusedstep::" in event.name]
+
+
+# ------------------------------------------------------------------ was CUDA code run at all?
+
+
+@pytest.fixture(autouse=True)
+def count_launches(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Counts by test file what ran on the emulator."""
+    emulated = request.config.stash.get(EMULATED, None)
+    before = emulated.launch_count() if emulated else 0
+    yield
+    if emulated:
+        launched_by_module[request.path.name] += emulated.launch_count() - before
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    launched_by_module.update(getattr(node, "workeroutput", {}).get("launches", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["launches"] = dict(launched_by_module)
+    elif session.config.getoption("--device") == "emulator" and idle_modules():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--device") != "emulator":
+        return
+    for module, launched in sorted(launched_by_module.items()):
+        terminalreporter.write_line(f"{module}: {launched} launches on the emulator")
+    for module in idle_modules():
+        terminalreporter.write_line(f"ERROR {module} launched no kernel", red=True)
+
+
+def idle_modules() -> list[str]:
+    """The files of tests of a room that ran and launched nothing."""
+    rooms = {path.parent.name for path in (Path(__file__).parents[1] / "csrc").glob("*/torch.cpp")}
+    return [
+        module
+        for module, launched in launched_by_module.items()
+        if launched == 0 and re.fullmatch(rf"test_({'|'.join(rooms)})\.py", module)
+    ]

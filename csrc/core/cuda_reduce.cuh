@@ -9,6 +9,7 @@
 namespace fusedstep {
 
 inline constexpr unsigned kAllLanes = 0xffffffffu;
+inline constexpr int kMaxWarps = kMaxThreads / kWarp;
 
 // Over each group of `lanes` adjacent lanes (a power of two up to 32); every lane gets its group's
 // result. All 32 lanes of the warp must call it.
@@ -20,20 +21,25 @@ __device__ __forceinline__ V reduce_lanes(V value, int lanes, Combine combine) {
     return value;
 }
 
-// Over all threads of a block, whose number is a multiple of 32; every thread gets the result.
-// `scratch` is shared memory that nobody else may be using: between two reductions through the same
-// scratch there must be a barrier behind the first one's reads.
-template <class V, class Combine>
-__device__ __forceinline__ V reduce_block(V value, V (&scratch)[kMaxThreads / kWarp],
-                                          Combine combine) {
-    value = reduce_lanes(value, kWarp, combine);
+// Over all threads of a block (a multiple of 32), n values at once; every thread gets the results.
+// `scratch` is shared memory. Before it is used again, all threads must have met at a barrier.
+template <class V, int n, class Combine>
+__device__ __forceinline__ void reduce_block(V (&values)[n], V (&scratch)[n][kMaxWarps],
+                                             Combine combine) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) values[i] = reduce_lanes(values[i], kWarp, combine);
     int const warps = static_cast<int>(blockDim.x) / kWarp;
-    if (warps == 1) return value;
-    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = value;
+    if (warps == 1) return;
+    if (threadIdx.x % kWarp == 0) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) scratch[i][threadIdx.x / kWarp] = values[i];
+    }
     __syncthreads();
-    value = scratch[0];
-    for (int warp = 1; warp < warps; ++warp) value = combine(value, scratch[warp]);
-    return value;
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        values[i] = scratch[i][0];
+        for (int warp = 1; warp < warps; ++warp) values[i] = combine(values[i], scratch[i][warp]);
+    }
 }
 
 }  // namespace fusedstep

@@ -18,4 +18,15 @@ __device__ __forceinline__ T& block_shared() {
 #endif
 }
 
+// The LaunchShape::shared_bytes of a block, as an array of T.
+template <class T>
+__device__ __forceinline__ T* dynamic_shared() {
+#if defined(FUSEDSTEP_EMULATED_CUDA)
+    return static_cast<T*>(emulator::dynamic_shared());
+#else
+    extern __shared__ uint4 fusedstep_dynamic_shared[];
+    return reinterpret_cast<T*>(fusedstep_dynamic_shared);
+#endif
+}
+
 }  // namespace fusedstep

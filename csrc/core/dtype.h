@@ -43,7 +43,7 @@ struct Tag {
 
 // Calls f(Tag<T>{}) with the storage type of dtype.
 template <class F>
-decltype(auto) dispatch(DType dtype, F&& f) {
+FUSEDSTEP_HD decltype(auto) dispatch(DType dtype, F&& f) {
     switch (dtype) {
         case DType::float64:
             return f(Tag<double>{});

@@ -13,11 +13,17 @@ namespace fusedstep::cross_entropy {
 // torch's own op has to run (and to raise torch's own errors). `reduction` is a Reduction.
 //
 // Raises ValueError or RuntimeError (the type torch raises) for a target whose shape does not fit
-// the logits, and IndexError for a class index out of range, all before anything is written.
+// the logits, and on the CPU IndexError for a class index out of range, all before anything is
+// written. On CUDA nothing waits for the targets to be known: the IndexError is raised by the next
+// call, or by check_targets().
 std::optional<at::Tensor> cross_entropy(const at::Tensor& logits, const at::Tensor& target,
                                         const std::optional<at::Tensor>& weight,
                                         std::int64_t reduction, std::int64_t ignore_index,
                                         double label_smoothing);
+
+// Waits for a CUDA device and raises IndexError for a class index out of range that any call on it
+// has met since the last such error. On other devices there is nothing to check.
+void check_targets(c10::Device device);
 
 // The type of the autograd node, so that Python can show its name.
 const std::type_info& backward_node_type();

@@ -28,6 +28,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -37,6 +38,10 @@
 #include "core/compensated_sum.h"
 #include "cross_entropy/binding.h"
 #include "cross_entropy/cross_entropy.h"
+#if defined(FUSEDSTEP_CUDA)
+#include "cross_entropy/cuda_entry.h"
+#endif
+#include "torch_glue/cuda.h"
 #include "torch_glue/gradient_memory.h"
 #include "torch_glue/node.h"
 #include "torch_glue/plain.h"
@@ -122,13 +127,21 @@ bool covers_tensor(const Tensor& tensor, const Tensor& logits) {
     return tensor.device() == logits.device() && is_plain_strided(tensor);
 }
 
+// On a device that this build has kernels for; of a fake tensor too.
+bool has_kernels(const Tensor& logits) {
+#if defined(FUSEDSTEP_CUDA)
+    if (is_cuda(logits)) return true;
+#endif
+    return logits.is_cpu() || logits.is_meta();
+}
+
 // Decides from metadata alone. Raises for shapes that no kernel could accept.
 std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& target,
                                                 const OptionalTensor& weight,
                                                 std::int64_t reduction, std::int64_t ignore_index,
                                                 double label_smoothing) {
-    bool const device = logits.is_cpu() || logits.is_meta();  // of a fake tensor too
-    if (!device || in_functorch() || !is_plain_strided(logits) || !covers_tensor(target, logits)) {
+    if (!has_kernels(logits) || in_functorch() || !is_plain_strided(logits) ||
+        !covers_tensor(target, logits)) {
         return std::nullopt;
     }
     if (logits.dim() < 1 || logits.dim() > kMaxRowDims || class_count(logits) == 0) {
@@ -256,16 +269,32 @@ struct KernelArgs {
             args.target_index = target.const_data_ptr<std::int64_t>();
         }
         args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
-        args.weight_sum = static_cast<double>(args.classes);
-        if (weight.defined() && args.target_kind == TargetKind::smoothed_index) {
-            CompensatedSum sum;
-            for (std::int64_t c = 0; c < args.classes; ++c) sum.add(read_scalar(weight, c));
-            args.weight_sum = sum.total();
-        }
         if (grad.defined()) {
             args.grad = grad.mutable_data_ptr();
             args.grad_class_stride = grad.stride(class_dim);
         }
+    }
+
+    // The loss and, 2 for each row and the gradient's scale behind them, the stats; empty where not
+    // wanted.
+    std::pair<Tensor, Tensor> make_outputs(const Tensor& logits, Reduction reduction,
+                                           at::ScalarType loss_dtype, bool with_stats) {
+        bool const per_row = reduction == Reduction::none;
+        Tensor loss =
+            at::empty(per_row ? C10_AS_INTARRAYREF_SLOW(index_shape(logits)) : at::IntArrayRef(),
+                      logits.options().dtype(loss_dtype));
+        Tensor stats = at::empty({with_stats ? 2 * args.rows + 1 : 0},
+                                 logits.options().dtype(accumulate_type(logits.scalar_type())));
+        args.loss_dtype = *kernel_dtype(loss_dtype);
+        if (per_row) args.row_losses = loss.mutable_data_ptr();
+        if (with_stats) args.row_stats = stats.mutable_data_ptr();
+        return {std::move(loss), std::move(stats)};
+    }
+
+    void check_backward(const Tensor& grad_output, const Tensor& stats) const {
+        TORCH_CHECK(stats.numel() == 2 * args.rows + 1 &&
+                        (grad_output.numel() == 1 || grad_output.numel() == args.rows),
+                    "cross_entropy: stats and grad_output do not belong to ", args.rows, " rows");
     }
 };
 
@@ -281,6 +310,15 @@ void for_each_chunk(std::int64_t rows, std::int64_t chunk_rows, const F& f) {
             f(chunk, chunk * chunk_rows, std::min(rows, (chunk + 1) * chunk_rows));
         }
     });
+}
+
+double weight_sum_cpu(const KernelArgs& kernel) {
+    if (!kernel.weight.defined() || kernel.args.target_kind != TargetKind::smoothed_index) {
+        return static_cast<double>(kernel.args.classes);
+    }
+    CompensatedSum sum;
+    for (std::int64_t c = 0; c < kernel.args.classes; ++c) sum.add(read_scalar(kernel.weight, c));
+    return sum.total();
 }
 
 // The sum of weights of the rows that count. Raises IndexError for a class index out of range.
@@ -311,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
     Tensor const grad = with_grad ? empty_gradient(logits) : Tensor();
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
     Args& args = kernel.args;
+    args.weight_sum = weight_sum_cpu(kernel);
 
     double row_weights = static_cast<double>(args.rows);
     if (args.target_kind != TargetKind::probability) row_weights = scan_targets_cpu(args);
@@ -320,20 +359,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
             row_weights == 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / row_weights;
     }
 
-    Tensor const stats = at::empty({with_stats ? 2 * args.rows + 1 : 0},
-                                   logits.options().dtype(accumulate_type(logits.scalar_type())));
-    if (with_stats) {
-        args.row_stats = stats.mutable_data_ptr();
-        write_scalar(stats, 2 * args.rows, args.gradient_scale);
-    }
-    Tensor const loss =
-        at::empty(reduction == Reduction::none ? C10_AS_INTARRAYREF_SLOW(index_shape(logits))
-                                               : at::IntArrayRef(),
-                  logits.options().dtype(loss_dtype));
-    if (reduction == Reduction::none) {
-        args.loss_dtype = *kernel_dtype(loss_dtype);
-        args.row_losses = loss.mutable_data_ptr();
-    }
+    auto const [loss, stats] = kernel.make_outputs(logits, reduction, loss_dtype, with_stats);
+    if (with_stats) write_scalar(stats, 2 * args.rows, args.gradient_scale);
 
     std::int64_t const chunk_rows = rows_per_chunk(args.rows, args.classes);
     c10::SmallVector<double, 64> sums((args.rows + chunk_rows - 1) / chunk_rows);
@@ -355,11 +382,10 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
     Tensor const grad = empty_gradient(logits);
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
     Args& args = kernel.args;
+    args.weight_sum = weight_sum_cpu(kernel);
     // Class indices are looked at again: memory can change without autograd noticing (numpy).
     if (args.target_kind != TargetKind::probability) scan_targets_cpu(args);
-    TORCH_CHECK(stats.numel() == 2 * args.rows + 1 &&
-                    (grad_output.numel() == 1 || grad_output.numel() == args.rows),
-                "cross_entropy: stats and grad_output do not belong to ", args.rows, " rows");
+    kernel.check_backward(grad_output, stats);
     Tensor const upstream = grad_output.to(accumulate_type(logits.scalar_type())).contiguous();
     args.grad_output = upstream.const_data_ptr();
     args.grad_output_stride = upstream.numel() == 1 ? 0 : 1;
@@ -371,6 +397,104 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
                    });
     return grad;
 }
+
+// ---- CUDA: one launch each way, no synchronisation ----
+
+#if defined(FUSEDSTEP_CUDA)
+
+// Where a device writes down a class index that is out of range: memory that the host can look at
+// at any time, one for each device, never freed.
+TargetFault& target_fault(c10::Device device) {
+    constexpr int kMaxDevices = 64;
+    static std::array<TargetFault*, kMaxDevices> faults{};
+    static std::mutex mutex;
+    std::lock_guard<std::mutex> const lock(mutex);
+    TargetFault*& fault = faults.at(device.has_index() ? device.index() : 0);
+    if (fault == nullptr) fault = static_cast<TargetFault*>(new_host_visible(sizeof(TargetFault)));
+    return *fault;
+}
+
+// Raises IndexError for a class index that an earlier call met; the one place that looks.
+void raise_target_fault(c10::Device device) {
+    volatile TargetFault& fault = target_fault(device);
+    if (fault.found == 0) return;
+    std::int64_t const row = fault.row;
+    std::int64_t const target = fault.target;
+    std::int64_t const classes = fault.classes;
+    fault.found = 0;
+    TORCH_CHECK_INDEX(false, "cross_entropy: target ", target, " at row ", row,
+                      " is out of bounds for ", classes,
+                      " classes (and is not ignore_index); found on ", device,
+                      " in an earlier call, whose loss and gradient are NaN there");
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, const Tensor& target,
+                                                const OptionalTensor& weight,
+                                                std::int64_t reduction_, std::int64_t ignore_index,
+                                                double label_smoothing, at::ScalarType loss_dtype,
+                                                bool with_grad, bool with_stats) {
+    CudaGuard const guard(logits.device());
+    raise_target_fault(logits.device());
+    auto const reduction = static_cast<Reduction>(reduction_);
+    const DeviceLimits& limits = device_limits(logits.device());
+    Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();
+    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    auto const [loss, stats] = kernel.make_outputs(logits, reduction, loss_dtype, with_stats);
+    Tensor const totals = at::empty(
+        {max_blocks(kernel.args, limits) * static_cast<std::int64_t>(sizeof(BlockTotals))},
+        logits.options().dtype(at::kByte));
+    ForwardArgs const args{
+        kernel.args, reduction, reduction == Reduction::none ? nullptr : loss.mutable_data_ptr(),
+        static_cast<BlockTotals*>(totals.mutable_data_ptr()),
+        kernel.args.target_kind == TargetKind::probability ? nullptr
+                                                           : &target_fault(logits.device())};
+    check_launch(forward(args, limits, current_stream(logits.device())), "cross_entropy");
+    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats};
+}
+
+// Writes the gradient. Where it is the one for a grad_output of 1 already, nothing happens if that
+// is what grad_output is.
+void write_backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                         const OptionalTensor& weight, std::int64_t ignore_index,
+                         double label_smoothing, const Tensor& stats, const Tensor& grad,
+                         bool keep_if_one) {
+    CudaGuard const guard(logits.device());
+    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    kernel.check_backward(grad_output, stats);
+    // What was expanded from one value is read as one value.
+    bool one = grad_output.numel() == 1;
+    if (!one) {
+        one = true;
+        for (std::int64_t stride : grad_output.strides()) one = one && stride == 0;
+    }
+    Tensor const upstream = one ? grad_output : grad_output.contiguous();
+    kernel.args.grad_output = upstream.const_data_ptr();
+    kernel.args.grad_output_stride = one ? 0 : 1;
+    kernel.args.row_stats = stats.mutable_data_ptr();
+    BackwardArgs const args{kernel.args, *kernel_dtype(upstream.scalar_type()), keep_if_one};
+    check_launch(backward(args, device_limits(logits.device()), current_stream(logits.device())),
+                 "cross_entropy_backward");
+}
+
+Tensor backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
+                     const OptionalTensor& weight, std::int64_t ignore_index,
+                     double label_smoothing, const Tensor& stats) {
+    Tensor const grad = at::empty_like(logits);
+    write_backward_cuda(grad_output, logits, target, weight, ignore_index, label_smoothing, stats,
+                        grad, /*keep_if_one=*/false);
+    return grad;
+}
+
+// grad *= grad_output, without a look at it on the host.
+void scale_cuda(const Tensor& grad, const Tensor& grad_output) {
+    CudaGuard const guard(grad.device());
+    ScaleArgs const args{grad.mutable_data_ptr(), grad.numel(), *kernel_dtype(grad.scalar_type()),
+                         grad_output.const_data_ptr(), *kernel_dtype(grad_output.scalar_type())};
+    check_launch(scale(args, device_limits(grad.device()), current_stream(grad.device())),
+                 "cross_entropy_backward");
+}
+
+#endif
 
 // ---- Operators ----
 
@@ -444,8 +568,11 @@ private:
             in_dispatch_mode()) {
             return at::mul(grad, grad_output).to(grad.scalar_type());
         }
-        double const factor = read_scalar(grad_output, 0);
         bool const keep = torch::autograd::get_current_graph_task_keep_graph();
+#if defined(FUSEDSTEP_CUDA)
+        if (is_cuda(grad)) return scaled_on_device(grad_output, keep);
+#endif
+        double const factor = read_scalar(grad_output, 0);
         if (factor == 1.0) return keep ? grad.clone() : std::move(grad);
         if (stats.defined() && !is_power_of_two(factor)) {
             if (!keep) grad = Tensor();  // its memory is free before another gradient is made
@@ -453,6 +580,22 @@ private:
         }
         return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
     }
+
+#if defined(FUSEDSTEP_CUDA)
+    // The same where nobody can look at grad_output: one launch, which finds out.
+    Tensor scaled_on_device(const Tensor& grad_output, bool keep) {
+        if (keep) return stats.defined() ? recomputed(grad_output) : at::mul(grad, grad_output);
+        Tensor const result = std::move(grad);
+        if (stats.defined()) {
+            write_backward_cuda(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
+                                ignore_index, label_smoothing, stats, result,
+                                /*keep_if_one=*/true);
+        } else {
+            scale_cuda(result, grad_output);
+        }
+        return result;
+    }
+#endif
 
     Tensor recomputed(const Tensor& grad_output) {
         return backward_op().call(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
@@ -528,6 +671,15 @@ OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target,
     return fused(logits, target, weight, reduction, ignore_index, label_smoothing, *loss_dtype);
 }
 
+void check_targets([[maybe_unused]] c10::Device device) {
+#if defined(FUSEDSTEP_CUDA)
+    if (device.type() != kCudaDevice) return;
+    CudaGuard const guard(device);
+    check_launch(cudaDeviceSynchronize(), "check_targets");
+    raise_target_fault(device);
+#endif
+}
+
 const std::type_info& backward_node_type() { return typeid(CrossEntropyBackward0); }
 
 TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
@@ -545,10 +697,19 @@ TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
         "int ignore_index, float label_smoothing, Tensor stats) -> Tensor");
 }
 
+#if !defined(FUSEDSTEP_EMULATED_CUDA)
 TORCH_LIBRARY_IMPL(fusedstep, CPU, m) {
     m.impl("cross_entropy_forward", forward_cpu);
     m.impl("cross_entropy_backward", backward_cpu);
 }
+#endif
+
+#if defined(FUSEDSTEP_CUDA)
+TORCH_LIBRARY_IMPL(fusedstep, FUSEDSTEP_CUDA_KEY, m) {
+    m.impl("cross_entropy_forward", forward_cuda);
+    m.impl("cross_entropy_backward", backward_cuda);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(fusedstep, Autograd, m) {
     m.impl("cross_entropy_forward", torch::autograd::autogradNotImplementedFallback());

@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <array>
+#include <cstring>
 #include <mutex>
 
 namespace fusedstep {
@@ -23,9 +24,24 @@ const DeviceLimits& device_limits(c10::Device device) {
         };
         limits[index] = {attribute(cudaDevAttrMultiProcessorCount),
                          10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                             attribute(cudaDevAttrComputeCapabilityMinor)};
+                             attribute(cudaDevAttrComputeCapabilityMinor),
+                         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                         attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
     });
     return limits[index];
+}
+
+void* new_host_visible(std::size_t bytes) {
+    // Allowed while this thread captures a graph: nothing of it is recorded.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check_launch(cudaThreadExchangeStreamCaptureMode(&mode), "allocation");
+    void* memory = nullptr;
+    cudaError_t const error =
+        cudaHostAlloc(&memory, bytes, cudaHostAllocMapped | cudaHostAllocPortable);
+    check_launch(cudaThreadExchangeStreamCaptureMode(&mode), "allocation");
+    check_launch(error, "allocation");
+    std::memset(memory, 0, bytes);
+    return memory;
 }
 
 void check_launch(cudaError_t error, const char* op) {

@@ -18,6 +18,7 @@ namespace fusedstep {
 #if defined(FUSEDSTEP_EMULATED_CUDA)
 
 // The emulator's device is this machine's memory: CPU tensors run the CUDA code.
+#define FUSEDSTEP_CUDA_KEY CPU
 inline constexpr c10::DeviceType kCudaDevice = c10::kCPU;
 struct CudaGuard {
     explicit CudaGuard(c10::Device) {}
@@ -26,6 +27,7 @@ inline cudaStream_t current_stream(c10::Device) { return nullptr; }
 
 #else
 
+#define FUSEDSTEP_CUDA_KEY CUDA
 inline constexpr c10::DeviceType kCudaDevice = c10::kCUDA;
 using CudaGuard = c10::cuda::CUDAGuard;
 inline cudaStream_t current_stream(c10::Device device) {
@@ -37,6 +39,9 @@ inline cudaStream_t current_stream(c10::Device device) {
 inline bool is_cuda(const at::Tensor& tensor) { return tensor.device().type() == kCudaDevice; }
 
 const DeviceLimits& device_limits(c10::Device device);
+
+// Zeroed memory of the host that kernels of every device can write; never freed.
+void* new_host_visible(std::size_t bytes);
 
 // Raises, naming the operator, where a launch failed.
 void check_launch(cudaError_t error, const char* op);

@@ -1,5 +1,6 @@
 from typing import Any
 
+import torch
 from torch import Tensor
 
 def cross_entropy(
@@ -11,6 +12,7 @@ def cross_entropy(
     label_smoothing: float,
     /,
 ) -> Tensor | None: ...
+def check_targets(device: torch.device, /) -> None: ...
 def cpu_capability() -> str: ...
 def sgd_step(
     param_groups: list[dict[str, Any]], state: dict[Any, Any], grad_scale: float, /

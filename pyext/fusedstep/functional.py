@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function
 
 from fusedstep import _C
 
-__all__ = ["cross_entropy"]
+__all__ = ["check_targets", "cross_entropy"]
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -40,8 +40,8 @@ def cross_entropy(
     probabilities :math:`t`; the definitions are those of :class:`torch.nn.CrossEntropyLoss`.
 
     Args:
-        input: Logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)`` with any strides;
-            float32, float64, bfloat16 or float16. Never modified.
+        input: Logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, ..., dK)`` with any strides, on
+            the CPU or on CUDA; float32, float64, bfloat16 or float16. Never modified.
         target: Class indices (int64 or uint8) of shape ``()``, ``(N)`` or ``(N, d1, ..., dK)``,
             each in ``[0, C)`` or equal to ``ignore_index``; or class probabilities of the shape of
             ``input``.
@@ -59,12 +59,19 @@ def cross_entropy(
         ``(N, d1, ..., dK)``, in the dtype of ``input``: float32 for 16-bit logits under autocast.
 
     Raises:
-        IndexError: A class index is out of range.
+        IndexError: A class index is out of range. On CUDA, where nobody waits for the targets to be
+            known, the loss and the gradient of such a row are NaN, and the next call on that device
+            raises, or :func:`check_targets`; nothing is read or written outside the tensors, and
+            the CUDA context stays intact.
         ValueError: ``reduction`` is unknown, or the batch sizes of ``input`` and ``target`` differ.
         RuntimeError: Shapes or dtypes do not fit together.
 
     With ``reduction="none"``, and for 16-bit logits, the backward pass may read the logits again:
     changing them in place in between raises autograd's RuntimeError, where torch would not notice.
+
+    On CUDA the loss with its reduction is one kernel, which also computes the gradient where that
+    is done in the forward pass; the backward pass is at most one more. Neither waits for the
+    device, and both can be captured in a CUDA graph.
 
     Arguments outside the above (other devices, tensor subclasses, ``torch.func`` transforms,
     forward-mode differentiation, a ``target`` or ``weight`` that requires a gradient) go to torch's
@@ -87,6 +94,27 @@ def cross_entropy(
     if fused is not None:
         return fused
     return _torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def check_targets(device: torch.device | str | int | None = None) -> None:
+    """Wait for a CUDA device and raise for a class index out of range that a loss met on it.
+
+    :func:`cross_entropy` on CUDA does not wait for its targets to be known, so that its IndexError
+    comes with the next call; this raises it now, for instance at the end of an epoch.
+
+    Args:
+        device: A CUDA device; by default the current one. On others there is nothing to check.
+
+    Raises:
+        IndexError: A target was neither ``ignore_index`` nor in ``[0, C)``: names the first such
+            row, flattened, and its value. Raised once.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
+    _C.check_targets(found)
 
 
 def _torch_cross_entropy(

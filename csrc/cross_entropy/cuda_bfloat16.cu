@@ -1,0 +1,5 @@
+#include "cross_entropy/cuda_rows.cuh"
+
+namespace fusedstep::cross_entropy {
+extern const CudaKernels cuda_bfloat16 = cuda_kernels_of<bfloat16>();
+}

@@ -1,0 +1,5 @@
+#include "cross_entropy/cuda_rows.cuh"
+
+namespace fusedstep::cross_entropy {
+extern const CudaKernels cuda_float32 = cuda_kernels_of<float>();
+}

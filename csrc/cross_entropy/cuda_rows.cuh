@@ -1,0 +1,822 @@
+// Cross-entropy on CUDA. A group of threads shares a row: a few lanes of a warp, a warp, a block,
+// or a cluster of blocks; cuda_plan.h says when. Between the first look at a row, for its maximum,
+// and the last, for its gradient, each thread keeps its part of the row
+//
+//   in registers      a few classes: logits are read once
+//   in shared memory  16-byte vectors, copied there past the registers: logits are read once
+//   nowhere           the row is read twice, the second time mostly from a cache
+//
+// A grid is at most as large as what is resident at once, and groups take row after row. Where a
+// grid has more than one block, blocks exchange what all of them need (the divisor of a mean before
+// the rows, the losses after them) and wait for each other in between, so that a reduced loss and
+// its gradient take one launch. Every sum is taken in an order that depends on sizes and on the
+// device alone.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "core/cuda_launch.h"
+#include "core/cuda_math.cuh"
+#include "core/cuda_reduce.cuh"
+#include "core/cuda_shared.cuh"
+#include "core/cuda_vector.cuh"
+#include "core/dtype.h"
+#include "cross_entropy/cuda_entry.h"
+#include "cross_entropy/cuda_plan.h"
+#include "cross_entropy/math.h"
+
+namespace fusedstep::cross_entropy {
+namespace {
+
+namespace cg = cooperative_groups;
+
+constexpr std::int64_t kNoFault = INT64_MAX;
+
+struct Add {
+    template <class V>
+    __device__ __forceinline__ V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Larger {
+    template <class V>
+    __device__ __forceinline__ V operator()(V a, V b) const {
+        return larger(a, b);
+    }
+};
+struct Least {
+    __device__ __forceinline__ std::int64_t operator()(std::int64_t a, std::int64_t b) const {
+        return a < b ? a : b;
+    }
+};
+
+// ---- A row in memory ----
+
+struct Offsets {
+    std::int64_t logits;
+    std::int64_t grad;
+    std::int64_t target;
+};
+
+__device__ __forceinline__ Offsets row_offsets(const Args& args, std::int64_t row) {
+    Offsets at{};
+    for (int d = args.row_dims - 1; d >= 0; --d) {
+        std::int64_t const i = d == 0 ? row : row % args.row_sizes[d];
+        if (d > 0) row /= args.row_sizes[d];
+        at.logits += i * args.logits_row_strides[d];
+        at.grad += i * args.grad_row_strides[d];
+        at.target += i * args.target_row_strides[d];
+    }
+    return at;
+}
+
+// A row is cut into pieces, one access each: single elements, or aligned 16-byte vectors and, at
+// its ends, the few elements that fill none. Index counts the elements of a row: int where a row is
+// held, 64 bits elsewhere.
+template <class T, bool kVectors, class Index_>
+struct Pieces {
+    using Index = Index_;
+    static constexpr int kLanes = kVectors ? kVectorLanes<T> : 1;
+    struct alignas(kVectors ? kVectorBytes : sizeof(T)) Piece {
+        T lane[kLanes];
+    };
+
+    Index count;  // of whole pieces
+    Index classes;
+    std::int64_t class_stride;  // 1 for vectors
+    int head;                   // elements in front of the first vector
+
+    __device__ __forceinline__ Pieces(const T* row, std::int64_t classes_, std::int64_t stride)
+        : count(static_cast<Index>(classes_)),
+          classes(static_cast<Index>(classes_)),
+          class_stride(stride),
+          head(0) {
+        if constexpr (kVectors) {
+            auto const misaligned =
+                static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % kVectorBytes) /
+                static_cast<int>(sizeof(T));
+            head = misaligned == 0 ? 0 : kLanes - misaligned;
+            if (head > classes) head = static_cast<int>(classes);
+            count = (classes - head) / kLanes;
+        }
+    }
+
+    // The class of a piece's first element.
+    __device__ __forceinline__ Index first(Index piece) const { return head + piece * kLanes; }
+
+    // The class that a member of the group takes in addition to pieces; -1: none. The first kLanes
+    // members share the row's front, the next kLanes its end.
+    __device__ __forceinline__ Index edge(int member) const {
+        if constexpr (kVectors) {
+            if (member < head) return member;
+            Index const c = first(count) + (member - kLanes);
+            if (member >= kLanes && member < 2 * kLanes && c < classes) return c;
+        }
+        return -1;
+    }
+
+    __device__ __forceinline__ Piece load(const T* row, Index piece) const {
+        if constexpr (kVectors) return bit_cast<Piece>(load_vector(row + first(piece)));
+        return {{row[piece * class_stride]}};
+    }
+
+    // Into a row with this alignment.
+    __device__ __forceinline__ void store(T* row, std::int64_t stride, Index piece,
+                                          const Piece& values) const {
+        if constexpr (kVectors) {
+            store_vector(row + first(piece), bit_cast<Vector<T>>(values));
+        } else {
+            row[piece * stride] = values.lane[0];
+        }
+    }
+
+    // Stands for what lies outside the row: it changes neither maximum nor sum.
+    static __device__ __forceinline__ Piece outside() {
+        Piece piece;
+#pragma unroll
+        for (T& value : piece.lane) value = from_acc<T>(-kInfinity<acc_t<T>>);
+        return piece;
+    }
+};
+
+// ---- Targets ----
+
+// The true class of a row of an index target.
+template <class A, class Index>
+struct Truth {
+    Index index;  // -1 where the target is ignored or out of range, or is no index
+    A u;          // u_y, less its dense part; NaN where the target is out of range
+    bool live;    // false: ignored
+    bool fault;
+};
+
+template <class A, class Index>
+__device__ __forceinline__ Truth<A, Index> true_class(const Args& args, std::int64_t row) {
+    if (args.target_kind == TargetKind::probability) return {-1, A{}, true, false};
+    std::int64_t const y = args.target_index[row];
+    if (y == args.ignore_index) return {-1, A{}, false, false};
+    if (y < 0 || y >= args.classes) return {-1, static_cast<A>(NAN), true, true};
+    A const weight = args.weight ? static_cast<const A*>(args.weight)[y] : A{1};
+    return {static_cast<Index>(y), index_coefficient(weight, static_cast<A>(args.label_smoothing)),
+            true, false};
+}
+
+// The dense part of the target vector u of one row: label smoothing or probabilities.
+template <class T>
+struct Dense {
+    using A = acc_t<T>;
+
+    const Args& args;
+    std::int64_t target_row;  // offset of the row's probabilities
+    A keep;
+    A per_class;
+
+    __device__ __forceinline__ Dense(const Args& args_, std::int64_t target_row_)
+        : args(args_),
+          target_row(target_row_),
+          keep(static_cast<A>(1.0 - args_.label_smoothing)),
+          per_class(static_cast<A>(args_.label_smoothing / static_cast<double>(args_.classes))) {}
+
+    // u of the classes [c, c + n).
+    template <int n>
+    __device__ __forceinline__ void read(std::int64_t c, A (&u)[n]) const {
+        const A* const weight = static_cast<const A*>(args.weight);
+        if (args.target_kind == TargetKind::smoothed_index) {
+#pragma unroll
+            for (int k = 0; k < n; ++k) u[k] = weight ? per_class * weight[c + k] : per_class;
+            return;
+        }
+        if (args.target_dtype == args.dtype) {
+            read_probabilities(static_cast<const T*>(args.target_probability), c, u);
+        } else {
+            read_probabilities(static_cast<const A*>(args.target_probability), c, u);
+        }
+#pragma unroll
+        for (int k = 0; k < n; ++k) {
+            u[k] = probability_coefficient(u[k], weight ? weight[c + k] : A{1}, keep, per_class);
+        }
+    }
+
+private:
+    template <class Stored, int n>
+    __device__ __forceinline__ void read_probabilities(const Stored* target, std::int64_t c,
+                                                       A (&u)[n]) const {
+        const Stored* const from = target + target_row + c * args.target_class_stride;
+        if constexpr (n == kVectorLanes<Stored>) {
+            if (args.target_class_stride == 1 && is_vector_aligned(from)) {
+                Vector<Stored> const vector = load_vector(from);
+#pragma unroll
+                for (int k = 0; k < n; ++k) u[k] = to_acc(vector.lane[k]);
+                return;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < n; ++k) u[k] = to_acc(from[k * args.target_class_stride]);
+    }
+};
+
+// ---- A group of threads that share a row ----
+
+// Sums over the classes of a row: value[0] is S; value[1] and value[2] are the U and L of the dense
+// part of u, where there is one.
+template <class A, bool kDense>
+struct Sums {
+    A value[kDense ? 3 : 1]{};
+
+    __device__ __forceinline__ A target_sum() const { return kDense ? value[kDense ? 1 : 0] : A{}; }
+    __device__ __forceinline__ A target_dot() const { return kDense ? value[kDense ? 2 : 0] : A{}; }
+};
+
+template <class A, bool kDense>
+struct Shared {
+    A max[1][kMaxWarps];
+    A sums[kDense ? 3 : 1][kMaxWarps];
+    A cluster_max;
+    Sums<A, kDense> cluster_sums;
+    double weight[1][kMaxWarps];
+    double loss[1][kMaxWarps];
+    std::int64_t fault[1][kMaxWarps];
+};
+
+// Lanes of a warp.
+template <class A, bool kDense>
+struct LaneGroup {
+    int size;
+
+    __device__ __forceinline__ LaneGroup(int group, Shared<A, kDense>&) : size(group) {}
+    __device__ __forceinline__ int member() const { return static_cast<int>(threadIdx.x) % size; }
+    __device__ __forceinline__ int members() const { return size; }
+    __device__ __forceinline__ int stage_begin(int pieces) const {
+        int const thread = static_cast<int>(threadIdx.x);
+        return thread / size * size * pieces + thread % size;
+    }
+    __device__ __forceinline__ int stage_step() const { return size; }
+    // Groups of a block take adjacent rows.
+    __device__ __forceinline__ std::int64_t first_row() const {
+        return std::int64_t{blockIdx.x} * (blockDim.x / size);
+    }
+    __device__ __forceinline__ std::int64_t row_in_block() const { return threadIdx.x / size; }
+    __device__ __forceinline__ std::int64_t row_step() const {
+        return std::int64_t{gridDim.x} * (blockDim.x / size);
+    }
+    __device__ __forceinline__ A max(A value) const { return reduce_lanes(value, size, Larger{}); }
+    __device__ __forceinline__ void add(Sums<A, kDense>& sums) const {
+#pragma unroll
+        for (A& value : sums.value) value = reduce_lanes(value, size, Add{});
+    }
+    __device__ __forceinline__ void leave() const {}
+};
+
+// A block, or a cluster of blocks.
+template <class A, bool kDense>
+struct BlockGroup {
+    Shared<A, kDense>& shared;
+    unsigned rank = 0;  // of the block in its cluster
+    unsigned blocks = 1;
+
+    __device__ __forceinline__ BlockGroup(int, Shared<A, kDense>& shared_) : shared(shared_) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        rank = cg::this_cluster().block_rank();
+        blocks = cg::this_cluster().num_blocks();
+#endif
+    }
+    __device__ __forceinline__ int member() const {
+        return static_cast<int>(rank * blockDim.x + threadIdx.x);
+    }
+    __device__ __forceinline__ int members() const { return static_cast<int>(blocks * blockDim.x); }
+    __device__ __forceinline__ int stage_begin(int) const { return static_cast<int>(threadIdx.x); }
+    __device__ __forceinline__ int stage_step() const { return static_cast<int>(blockDim.x); }
+    __device__ __forceinline__ std::int64_t first_row() const { return blockIdx.x / blocks; }
+    __device__ __forceinline__ std::int64_t row_in_block() const { return 0; }
+    __device__ __forceinline__ std::int64_t row_step() const { return gridDim.x / blocks; }
+
+    // max() and add() alternate, and each has a barrier between its writes and its reads of shared
+    // memory: whoever writes for the next row has passed the other one's barrier, behind which
+    // nobody still reads.
+    __device__ __forceinline__ A max(A value) const {
+        A values[1] = {value};
+        reduce_block(values, shared.max, Larger{});
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        if (blocks > 1) {
+            auto const cluster = cg::this_cluster();
+            if (threadIdx.x == 0) shared.cluster_max = values[0];
+            cluster.sync();
+            for (unsigned r = 0; r < blocks; ++r) {
+                values[0] = larger(values[0], *cluster.map_shared_rank(&shared.cluster_max, r));
+            }
+        }
+#endif
+        return values[0];
+    }
+    __device__ __forceinline__ void add(Sums<A, kDense>& sums) const {
+        reduce_block(sums.value, shared.sums, Add{});
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        if (blocks > 1) {
+            auto const cluster = cg::this_cluster();
+            if (threadIdx.x == 0) shared.cluster_sums = sums;
+            cluster.sync();
+            sums = Sums<A, kDense>{};
+            for (unsigned r = 0; r < blocks; ++r) {
+                const auto& other = *cluster.map_shared_rank(&shared.cluster_sums, r);
+#pragma unroll
+                for (int i = 0; i < (kDense ? 3 : 1); ++i) sums.value[i] += other.value[i];
+            }
+        }
+#endif
+    }
+    // Nobody may go while others read its shared memory.
+    __device__ __forceinline__ void leave() const {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+        if (blocks > 1) cg::this_cluster().sync();
+#endif
+    }
+};
+
+// ---- What the blocks of a grid tell each other ----
+
+__device__ __forceinline__ void wait_for_grid() {
+    if (gridDim.x > 1) cg::this_grid().sync();
+}
+
+// 1 / (the weights of all rows that count), the same in every thread. NaN where no row counts.
+template <class A, bool kDense>
+__device__ __forceinline__ double mean_scale(const ForwardArgs& a, Shared<A, kDense>& shared) {
+    const Args& args = a.args;
+    if (args.target_kind == TargetKind::probability) return 1.0 / static_cast<double>(args.rows);
+    double weight[1] = {0};
+    std::int64_t const step = std::int64_t{gridDim.x} * blockDim.x;
+    for (std::int64_t row = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < args.rows;
+         row += step) {
+        std::int64_t const y = args.target_index[row];
+        if (y == args.ignore_index || y < 0 || y >= args.classes) continue;
+        weight[0] += args.weight ? static_cast<double>(static_cast<const A*>(args.weight)[y]) : 1.0;
+    }
+    reduce_block(weight, shared.weight, Add{});
+    if (gridDim.x > 1) {
+        if (threadIdx.x == 0) a.totals[blockIdx.x].weight = weight[0];
+        wait_for_grid();
+        weight[0] = 0;
+        for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
+            weight[0] += a.totals[block].weight;
+        }
+        reduce_block(weight, shared.weight, Add{});
+    }
+    return weight[0] == 0 ? static_cast<double>(NAN) : 1.0 / weight[0];
+}
+
+__device__ __forceinline__ void store_scalar(void* to, DType dtype, std::int64_t index,
+                                             double value) {
+    dispatch(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        static_cast<T*>(to)[index] = from_acc<T>(static_cast<acc_t<T>>(value));
+    });
+}
+
+__device__ __forceinline__ double load_scalar(const void* from, DType dtype, std::int64_t index) {
+    return dispatch(dtype, [&](auto tag) -> double {
+        using T = typename decltype(tag)::type;
+        return to_acc(static_cast<const T*>(from)[index]);
+    });
+}
+
+// Adds up what the blocks found and leaves it where the host asked for it.
+template <class A, bool kDense>
+__device__ __forceinline__ void finish(const ForwardArgs& a, Shared<A, kDense>& shared,
+                                       double thread_loss, std::int64_t thread_fault,
+                                       double scale) {
+    double loss[1] = {thread_loss};
+    std::int64_t fault[1] = {thread_fault};
+    reduce_block(loss, shared.loss, Add{});
+    reduce_block(fault, shared.fault, Least{});
+    if (gridDim.x > 1) {
+        if (threadIdx.x == 0) {
+            a.totals[blockIdx.x].loss = loss[0];
+            a.totals[blockIdx.x].first_fault = fault[0];
+        }
+        wait_for_grid();
+        if (blockIdx.x > 0) return;
+        loss[0] = 0;
+        fault[0] = kNoFault;
+        for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) {
+            loss[0] += a.totals[block].loss;
+            fault[0] = Least{}(fault[0], a.totals[block].first_fault);
+        }
+        reduce_block(loss, shared.loss, Add{});
+        reduce_block(fault, shared.fault, Least{});
+    }
+    if (threadIdx.x > 0) return;
+    if (a.loss) store_scalar(a.loss, a.args.loss_dtype, 0, loss[0] * scale);
+    if (a.args.row_stats) {
+        static_cast<A*>(a.args.row_stats)[2 * a.args.rows] = static_cast<A>(scale);
+    }
+    if (fault[0] != kNoFault && a.fault->found == 0) {
+        a.fault->row = fault[0];
+        a.fault->target = a.args.target_index[fault[0]];
+        a.fault->classes = a.args.classes;
+        __threadfence_system();
+        a.fault->found = 1;
+    }
+}
+
+// ---- Forward ----
+
+// One piece of a row joins a thread's sums: exp(x - m), and the dense part of u. What is stored as
+// it is computed is left as exp(x - m): see write_gradient.
+template <class T, bool kDense, class Row>
+__device__ __forceinline__ void add_piece(Sums<acc_t<T>, kDense>& sums, const Row& row,
+                                          typename Row::Index piece, typename Row::Piece& values,
+                                          acc_t<T> m, const Dense<T>& dense) {
+    using A = acc_t<T>;
+    A u[Row::kLanes];
+    if constexpr (kDense) dense.read(row.first(piece), u);
+#pragma unroll
+    for (int k = 0; k < Row::kLanes; ++k) {
+        A const shifted = to_acc(values.lane[k]) - m;
+        A const e = exponential<T>(shifted);
+        sums.value[0] += e;
+        if constexpr (std::is_same_v<T, A>) values.lane[k] = e;
+        if constexpr (kDense) {
+            sums.value[1] += u[k];
+            sums.value[2] += u[k] * shifted;
+        }
+    }
+}
+
+template <class T, class Piece>
+__device__ __forceinline__ acc_t<T> piece_max(const Piece& values, acc_t<T> m) {
+#pragma unroll
+    for (T value : values.lane) m = larger(m, to_acc(value));
+    return m;
+}
+
+// Maximum and sums of a thread's part of a row that it does not hold: the sums are relative to
+// shift(), and follow the maximum as it grows.
+template <class T, bool kDense>
+struct Running {
+    using A = acc_t<T>;
+
+    A max = -kInfinity<A>;
+    Sums<A, kDense> sums;
+
+    // The maximum, or 0 while nothing was finite.
+    __device__ __forceinline__ A shift() const { return max == -kInfinity<A> ? A{} : max; }
+
+    __device__ __forceinline__ void raise(A new_max) {
+        A const before = shift();
+        max = new_max;
+        A const difference = before - shift();
+        if (difference == A{}) return;
+        if (sums.value[0] != A{}) sums.value[0] *= exponential<T>(difference);
+        if constexpr (kDense) {
+            if (sums.value[1] != A{}) sums.value[2] += sums.value[1] * difference;
+        }
+    }
+};
+
+enum class Kept { registers, shared, nowhere };
+
+// What the gradient of a row is made of.
+template <class A, class Index>
+struct RowGradient {
+    A m;
+    A scale;     // softmax_scale() times upstream
+    A upstream;  // the derivative of what is returned with respect to this row's loss
+    Truth<A, Index> truth;
+};
+
+// The gradient of one piece: of logits, or (kDone) of what add_piece left of them. Both products
+// are rounded, so that they cancel to zero where they are equal (one class).
+template <class T, bool kDense, bool kDone, class Row>
+__device__ __forceinline__ void write_gradient(T* grad, std::int64_t grad_stride, const Row& row,
+                                               typename Row::Index piece,
+                                               typename Row::Piece values,
+                                               const RowGradient<acc_t<T>, typename Row::Index>& of,
+                                               const Dense<T>& dense) {
+    using A = acc_t<T>;
+    auto const c = row.first(piece);
+    A u[Row::kLanes];
+    if constexpr (kDense) dense.read(c, u);
+#pragma unroll
+    for (int k = 0; k < Row::kLanes; ++k) {
+        A g = to_acc(values.lane[k]);
+        if constexpr (!kDone || !std::is_same_v<T, A>) g = exponential<T>(g - of.m);
+        g *= of.scale;
+        if constexpr (kDense) {
+            g -= (of.truth.index == c + k ? u[k] + of.truth.u : u[k]) * of.upstream;
+        } else {
+            if (of.truth.index == c + k) g -= of.truth.u * of.upstream;
+        }
+        values.lane[k] = from_acc<T>(g);
+    }
+    row.store(grad, grad_stride, piece, values);
+}
+
+// A group writes zeros to a row.
+template <class T, class Row>
+__device__ __forceinline__ void zero_gradient(T* grad, std::int64_t grad_stride, const Row& row,
+                                              typename Row::Index begin, typename Row::Index end,
+                                              int step, int edge_member) {
+    for (auto piece = begin; piece < end; piece += step) {
+        row.store(grad, grad_stride, piece, typename Row::Piece{});
+    }
+    auto const edge = row.edge(edge_member);
+    if (edge >= 0) grad[edge] = T{};
+}
+
+template <class T, bool kDense, bool kVectors, Kept kKept, template <class, bool> class Group>
+__global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_kernel(
+    const __grid_constant__ ForwardArgs a, int group_size, int stage_pieces) {
+    using A = acc_t<T>;
+    constexpr bool kOnce = kKept != Kept::nowhere;
+    using Index = std::conditional_t<kOnce, int, std::int64_t>;
+    using Single = Pieces<T, false, Index>;
+    using Row = Pieces<T, kVectors, Index>;
+    using Piece = typename Row::Piece;
+    const Args& args = a.args;
+    static_assert(sizeof(Shared<A, kDense>) <= kStaticShared);
+    auto& shared = block_shared<Shared<A, kDense>>();
+    Group<A, kDense> const group(group_size, shared);
+
+    double const scale = a.reduction == Reduction::mean ? mean_scale<A>(a, shared) : 1.0;
+    A const upstream = static_cast<A>(scale);
+    double loss_sum = 0;
+    std::int64_t first_fault = kNoFault;
+
+    int const member = group.member();
+    int const step = group.members();
+    [[maybe_unused]] Piece kept[kHeldElements];
+    // Each thread reads only what it wrote itself: no barrier is needed between the two.
+    [[maybe_unused]] Piece* stage = nullptr;
+    if constexpr (kKept == Kept::shared) {
+        stage = dynamic_shared<Piece>() + group.stage_begin(stage_pieces);
+    }
+    // Calls f(piece, its values) for what this thread keeps of a row.
+    auto const for_each_kept = [&](Index end, auto f) {
+        if constexpr (kKept == Kept::registers) {
+#pragma unroll
+            for (int i = 0; i < kHeldElements; ++i) {
+                Index const piece = member + i * step;
+                if (piece < end) f(piece, kept[i]);
+            }
+        } else {
+            Piece* values = stage;
+#pragma unroll 4
+            for (Index piece = member; piece < end; piece += step) {
+                f(piece, *values);
+                values += group.stage_step();
+            }
+        }
+    };
+
+    for (std::int64_t base = group.first_row(); base < args.rows; base += group.row_step()) {
+        std::int64_t const row = base + group.row_in_block();
+        bool const present = row < args.rows;
+        Offsets const at = row_offsets(args, present ? row : 0);
+        auto const truth =
+            present ? true_class<A, Index>(args, row) : Truth<A, Index>{-1, A{}, false, false};
+        Dense<T> const dense(args, at.target);
+        const T* const x = static_cast<const T*>(args.logits) + at.logits;
+        Row const pieces(x, args.classes, args.logits_class_stride);
+        Single const singles(x, args.classes, args.logits_class_stride);
+        Index const end = truth.live ? pieces.count : 0;
+        Index const edge = truth.live ? pieces.edge(member) : -1;
+
+        A m;
+        Sums<A, kDense> sums;
+        typename Single::Piece at_edge = edge >= 0 ? singles.load(x, edge) : Single::outside();
+        if constexpr (kOnce) {
+            A most = piece_max<T>(at_edge, -kInfinity<A>);
+            for_each_kept(end, [&](Index piece, Piece& values) {
+                if constexpr (kKept == Kept::shared) {
+                    copy_async(&values, x + pieces.first(piece));
+                } else {
+                    values = pieces.load(x, piece);
+                }
+            });
+            if constexpr (kKept == Kept::shared) wait_for_copies();
+            for_each_kept(end, [&](Index, Piece& values) { most = piece_max<T>(values, most); });
+            m = group.max(most);
+            for_each_kept(end, [&](Index piece, Piece& values) {
+                add_piece<T, kDense>(sums, pieces, piece, values, m, dense);
+            });
+            if (edge >= 0) add_piece<T, kDense>(sums, singles, edge, at_edge, m, dense);
+        } else {
+            Running<T, kDense> running;
+            constexpr int kAtOnce = kVectors ? 2 : 4;  // reads in flight
+            for (Index first = member; first < end; first += kAtOnce * step) {
+                Piece values[kAtOnce];
+                A most = running.max;
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    Index const piece = first + i * step;
+                    values[i] = piece < end ? pieces.load(x, piece) : Row::outside();
+                    most = piece_max<T>(values[i], most);
+                }
+                running.raise(most);
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i) {
+                    Index const piece = first + i * step;
+                    if (!kDense || piece < end) {
+                        add_piece<T, kDense>(running.sums, pieces, piece, values[i],
+                                             running.shift(), dense);
+                    }
+                }
+            }
+            if (edge >= 0) {
+                auto values = at_edge;
+                running.raise(piece_max<T>(values, running.max));
+                add_piece<T, kDense>(running.sums, singles, edge, values, running.shift(), dense);
+            }
+            m = group.max(running.max);
+            running.raise(m);
+            sums = running.sums;
+        }
+        group.add(sums);
+
+        A const target_sum = truth.u + sums.target_sum();
+        A const softmax = softmax_scale(target_sum, sums.value[0]);
+        if (present && member == 0) {
+            A loss{};
+            if (truth.live) {
+                A target_dot = sums.target_dot();
+                if (truth.index >= 0) {
+                    target_dot += truth.u * (to_acc(x[truth.index * args.logits_class_stride]) - m);
+                }
+                loss = row_loss(target_sum, natural_log(sums.value[0]), target_dot);
+            }
+            if (args.row_losses) store_scalar(args.row_losses, args.loss_dtype, row, loss);
+            if (args.row_stats) {
+                static_cast<A*>(args.row_stats)[2 * row] = truth.live ? m : A{};
+                static_cast<A*>(args.row_stats)[2 * row + 1] = truth.live ? softmax : A{};
+            }
+            loss_sum += loss;
+            if (truth.fault && first_fault == kNoFault) first_fault = row;
+        }
+        if (args.grad && present) {
+            T* const grad = static_cast<T*>(args.grad) + at.grad;
+            std::int64_t const stride = args.grad_class_stride;
+            RowGradient<A, Index> const of{m, softmax * upstream, upstream, truth};
+            if (!truth.live) {
+                zero_gradient(grad, stride, pieces, static_cast<Index>(member), pieces.count, step,
+                              member);
+            } else if constexpr (kOnce) {
+                for_each_kept(end, [&](Index piece, Piece& values) {
+                    write_gradient<T, kDense, true>(grad, stride, pieces, piece, values, of, dense);
+                });
+            } else {
+                for (Index piece = member; piece < end; piece += step) {
+                    write_gradient<T, kDense, false>(grad, stride, pieces, piece,
+                                                     pieces.load(x, piece), of, dense);
+                }
+            }
+            if (edge >= 0) {
+                write_gradient<T, kDense, kOnce>(grad, stride, singles, edge, at_edge, of, dense);
+            }
+        }
+    }
+    group.leave();
+    finish(a, shared, loss_sum, first_fault, scale);
+}
+
+// ---- Backward ----
+
+// Recomputes the gradient from row_stats. `group_size` threads of a block share `segment` pieces of
+// a row, of which each row has `segments`.
+template <class T, bool kDense, bool kVectors>
+__global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void backward_kernel(
+    const __grid_constant__ BackwardArgs a, int group_size, std::int64_t segment,
+    std::int64_t segments) {
+    using A = acc_t<T>;
+    using Single = Pieces<T, false, std::int64_t>;
+    using Row = Pieces<T, kVectors, std::int64_t>;
+    const Args& args = a.args;
+    if (a.keep_if_one && load_scalar(args.grad_output, a.grad_output_dtype, 0) == 1) return;
+
+    const A* const stats = static_cast<const A*>(args.row_stats);
+    A const scale = stats[2 * args.rows];
+    int const member = static_cast<int>(threadIdx.x) % group_size;
+    std::int64_t const groups = blockDim.x / group_size;
+    std::int64_t const work = args.rows * segments;
+    for (std::int64_t item = blockIdx.x * groups + threadIdx.x / group_size; item < work;
+         item += gridDim.x * groups) {
+        std::int64_t const row = item / segments;
+        std::int64_t const part = item % segments;
+        Offsets const at = row_offsets(args, row);
+        auto const truth = true_class<A, std::int64_t>(args, row);
+        Dense<T> const dense(args, at.target);
+        const T* const x = static_cast<const T*>(args.logits) + at.logits;
+        T* const grad = static_cast<T*>(args.grad) + at.grad;
+        std::int64_t const stride = args.grad_class_stride;
+        Row const pieces(x, args.classes, args.logits_class_stride);
+        Single const singles(x, args.classes, args.logits_class_stride);
+
+        A const upstream = scale * static_cast<A>(load_scalar(args.grad_output, a.grad_output_dtype,
+                                                              row * args.grad_output_stride));
+        A const softmax = truth.fault ? truth.u : stats[2 * row + 1];
+        RowGradient<A, std::int64_t> const of{stats[2 * row], softmax * upstream, upstream, truth};
+        std::int64_t const begin = part * segment + member;
+        std::int64_t const limit = (part + 1) * segment;
+        std::int64_t const end = limit < pieces.count ? limit : pieces.count;
+        int const edge_member = part == 0 ? member : INT_MAX;
+        if (!truth.live) {
+            zero_gradient(grad, stride, pieces, begin, end, group_size, edge_member);
+            continue;
+        }
+        for (std::int64_t piece = begin; piece < end; piece += group_size) {
+            write_gradient<T, kDense, false>(grad, stride, pieces, piece, pieces.load(x, piece), of,
+                                             dense);
+        }
+        std::int64_t const edge = pieces.edge(edge_member);
+        if (edge >= 0) {
+            write_gradient<T, kDense, false>(grad, stride, singles, edge, singles.load(x, edge), of,
+                                             dense);
+        }
+    }
+}
+
+template <class T>
+__global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void scale_kernel(
+    const __grid_constant__ ScaleArgs a) {
+    using A = acc_t<T>;
+    A const factor = static_cast<A>(load_scalar(a.grad_output, a.grad_output_dtype, 0));
+    if (factor == A{1}) return;
+    T* const grad = static_cast<T*>(a.grad);
+    Pieces<T, true, std::int64_t> const pieces(grad, a.numel, 1);
+    int const thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+    std::int64_t const step = std::int64_t{gridDim.x} * blockDim.x;
+    for (std::int64_t piece = thread; piece < pieces.count; piece += step) {
+        auto values = pieces.load(grad, piece);
+#pragma unroll
+        for (T& value : values.lane) value = from_acc<T>(to_acc(value) * factor);
+        pieces.store(grad, 1, piece, values);
+    }
+    std::int64_t const edge = pieces.edge(thread);
+    if (edge >= 0) grad[edge] = from_acc<T>(to_acc(grad[edge]) * factor);
+}
+
+// ---- Launches, for one type of logits ----
+
+template <class T, bool kDense>
+cudaError_t launch_forward(const ForwardArgs& a, const DeviceLimits& limits, cudaStream_t stream) {
+    Plan plan = forward_plan(a.args, limits);
+    auto const kernel = [&plan] {
+        switch (plan.walk) {
+            case Walk::lanes:
+                return forward_kernel<T, kDense, false, Kept::registers, LaneGroup>;
+            case Walk::warp:
+                return forward_kernel<T, kDense, true, Kept::shared, LaneGroup>;
+            case Walk::block:
+                return forward_kernel<T, kDense, true, Kept::shared, BlockGroup>;
+            case Walk::stream:
+                return forward_kernel<T, kDense, true, Kept::nowhere, BlockGroup>;
+            case Walk::stream_column:
+                return forward_kernel<T, kDense, false, Kept::nowhere, LaneGroup>;
+            case Walk::stream_strided:
+                break;
+        }
+        return forward_kernel<T, kDense, false, Kept::nowhere, BlockGroup>;
+    }();
+    if (cudaError_t const error = allow_shared(plan.shape, kStaticShared, kernel)) return error;
+    if (plan.shape.cluster > 1) {
+        // How many clusters fit depends on how multiprocessors are grouped on this device.
+        int clusters = 0;
+        if (cudaError_t const error = resident_clusters(plan.shape, kernel, &clusters)) {
+            return error;
+        }
+        auto const resident = static_cast<unsigned>(clusters) * plan.shape.cluster;
+        if (resident < plan.shape.blocks) plan.shape.blocks = resident;
+    }
+    plan.shape.cooperative = plan.shape.blocks > 1;
+    return launch(plan.shape, stream, kernel, a, plan.group, plan.stage_pieces);
+}
+
+template <class T, bool kDense>
+cudaError_t launch_backward(const BackwardArgs& a, const DeviceLimits& limits,
+                            cudaStream_t stream) {
+    BackwardPlan const plan = backward_plan(a.args, limits);
+    auto const kernel =
+        plan.vectors ? backward_kernel<T, kDense, true> : backward_kernel<T, kDense, false>;
+    return launch(plan.shape, stream, kernel, a, plan.group, plan.segment, plan.segments);
+}
+
+template <class T>
+cudaError_t launch_scale(const ScaleArgs& a, const DeviceLimits& limits, cudaStream_t stream) {
+    return launch(scale_shape(a.numel, sizeof(T), limits), stream, scale_kernel<T>, a);
+}
+
+}  // namespace
+
+// The table of one type of logits; cuda_<type>.cu instantiates it.
+template <class T>
+CudaKernels cuda_kernels_of() {
+    return {launch_forward<T, false>, launch_forward<T, true>, launch_backward<T, false>,
+            launch_backward<T, true>, launch_scale<T>};
+}
+
+}  // namespace fusedstep::cross_entropy
