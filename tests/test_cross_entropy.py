@@ -53,6 +53,14 @@ def on_cuda(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
+def card(request: pytest.FixtureRequest) -> str:
+    """The device of a test that the emulator cannot stand in for."""
+    if request.config.getoption("--device") != "cuda":
+        pytest.skip("needs a card")
+    return "cuda"
+
+
+@pytest.fixture
 def cpu_only(on_cuda: bool) -> None:
     if on_cuda:
         pytest.skip("about the CPU's kernels or memory")
@@ -1905,3 +1913,85 @@ def test_a_class_out_of_range_on_cuda_is_nan_now_and_an_error_later(
             F.check_targets(device)
     F.check_targets(device)
     torch.testing.assert_close(F.cross_entropy(logits, right), native.cross_entropy(logits, right))
+
+
+CARD_SHAPES = [(64, 10), (4096, 10), (512, 1000), (64, 50257), (16, 128256), (2, 21, 64, 64)]
+
+
+@pytest.mark.parametrize("shape", CARD_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_nothing_waits_for_the_device(dtype: torch.dtype, shape: Any, card: str) -> None:
+    logits = torch.randn(shape, device=card, dtype=dtype, requires_grad=True)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), device=card)
+    F.cross_entropy(logits, target).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for reduction in REDUCTIONS:
+            loss = F.cross_entropy(logits, target, reduction=reduction, label_smoothing=0.1)
+            loss.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", CARD_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_a_captured_loss_replays_on_new_numbers(dtype: torch.dtype, shape: Any, card: str) -> None:
+    def draw_numbers() -> tuple[Tensor, Tensor]:
+        indices = torch.randint(shape[1], (shape[0], *shape[2:]), device=card)
+        return torch.randn(shape, device=card, dtype=dtype), indices
+
+    static_logits, static_target = draw_numbers()
+    static_logits.requires_grad_()
+
+    def loss_and_grad(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(logits, target, ignore_index=1)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss_and_grad(static_logits, static_target)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_and_grad(static_logits, static_target)
+    for _ in range(3):
+        logits, target = draw_numbers()
+        with torch.no_grad():
+            static_logits.copy_(logits)
+        static_target.copy_(target)
+        graph.replay()
+        identical(captured, loss_and_grad(logits.requires_grad_(), target))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_a_card_holds_logits_and_gradient_and_no_third(dtype: torch.dtype, card: str) -> None:
+    logits = torch.randn(1024, 32000, device=card, dtype=dtype, requires_grad=True)
+    target = torch.randint(32000, (1024,), device=card)
+    F.cross_entropy(logits, target).backward()
+    logits.grad = None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    F.cross_entropy(logits, target).backward()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert logits.nbytes <= peak <= logits.nbytes + (1 << 20)
+
+
+def test_streams_and_bits_on_a_card(card: str) -> None:
+    """The same bits on any stream, however many run at once."""
+    logits = torch.randn(777, 5003, device=card, requires_grad=True)
+    target = torch.randint(5003, (777,), device=card)
+
+    def loss_and_grad() -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(logits, target)
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    expected = loss_and_grad()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(8):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results.append(loss_and_grad())
+    torch.cuda.synchronize()
+    for result in results:
+        identical(result, expected)

@@ -33,8 +33,8 @@ struct Args {
     std::int64_t logits_class_stride;
     std::int64_t logits_row_strides[kMaxRowDims];
 
-    // Targets. Indices are contiguous, one per row, and each is either ignore_index or in
-    // [0, classes): scan_targets() has seen them.
+    // Targets. Indices are contiguous, one per row. On the CPU each is either ignore_index or in
+    // [0, classes): scan_targets() has seen them. (cuda_entry.h says what holds on CUDA.)
     TargetKind target_kind;
     const std::int64_t* target_index;
     std::int64_t ignore_index;
