@@ -1847,7 +1847,7 @@ CUDA_WALKS: dict[str, tuple[tuple[int, ...], str, torch.dtype, str]] = {
     "a row in a warp": ((9, 1000), "contiguous", F32, r"true, .*Kept\)1, .*LaneGroup"),
     "a row in a block": ((5, 5000), "contiguous", F32, r"true, .*Kept\)1, .*BlockGroup"),
     "a row in a cluster": ((3, 70001), "contiguous", F32, r"true, .*Kept\)1, .*BlockGroup"),
-    "a long row in a cluster": ((2, 60000), "contiguous", F64, r"true, .*Kept\)1, .*BlockGroup"),
+    "a row of doubles in a cluster": ((2, 25000), "contiguous", F64, r"true, .*Kept\)1, .*BlockGroup"),
     "a row too long to keep": ((2, 500003), "contiguous", F32, r"true, .*Kept\)2, .*BlockGroup"),
     "a thread to each pixel": ((2, 21, 7, 9), "contiguous", F32, r"false, .*Kept\)2, .*LaneGroup"),
     "a strided row in a block": ((3, 700), "class step", F32, r"false, .*Kept\)2, .*BlockGroup"),

@@ -38,16 +38,18 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
 // Copies 16 bytes from global to shared memory, both aligned, past the registers. The copy may be
 // read by this thread after wait_for_copies(), by others behind a barrier after that.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-#if defined(__CUDA_ARCH__)
+#if defined(FUSEDSTEP_EMULATED_CUDA)
+    emulator::copy_async(shared, global);
+#else
     auto const to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-#else
-    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #endif
 }
 
 __device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDA_ARCH__)
+#if defined(FUSEDSTEP_EMULATED_CUDA)
+    emulator::wait_for_copies();
+#else
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

@@ -75,6 +75,11 @@ FUSEDSTEP_HD float to_acc(bfloat16 x) {
     return bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16);
 }
 FUSEDSTEP_HD float to_acc(float16 x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+#else
     std::uint32_t const sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
     std::uint32_t const magnitude = x.bits & 0x7fffu;
     if (magnitude >= 0x7c00u) {  // inf, NaN
@@ -83,6 +88,7 @@ FUSEDSTEP_HD float to_acc(float16 x) {
     // Exponents are rebased by a multiplication, which is exact and normalises subnormals too.
     return bit_cast<float>(sign | bit_cast<std::uint32_t>(bit_cast<float>(magnitude << 13) *
                                                           bit_cast<float>(0x77800000u)));
+#endif
 }
 
 template <class T>
@@ -97,12 +103,23 @@ FUSEDSTEP_HD double from_acc<double>(double x) {
 }
 template <>
 FUSEDSTEP_HD bfloat16 from_acc<bfloat16>(float x) {  // round to nearest even
+#if defined(__CUDA_ARCH__)
+    bfloat16 y;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+#else
     std::uint32_t const bits = bit_cast<std::uint32_t>(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>(0x7fc0u)};
     return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
 }
 template <>
 FUSEDSTEP_HD float16 from_acc<float16>(float x) {  // round to nearest even
+#if defined(__CUDA_ARCH__)
+    float16 y;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+    return y;
+#else
     std::uint32_t const bits = bit_cast<std::uint32_t>(x);
     std::uint16_t const sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
     std::uint32_t const magnitude = bits & 0x7fffffffu;
@@ -116,6 +133,7 @@ FUSEDSTEP_HD float16 from_acc<float16>(float x) {  // round to nearest even
     }
     std::uint32_t const rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
     return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+#endif
 }
 
 }  // namespace fusedstep

@@ -23,13 +23,13 @@ struct Extent {
 
 // Calls f(entry, begin, end) with the elements [begin, end) of each entry that lie in the chunks
 // [first, last) of the list, in order; adjacent chunks of one entry make one call. An entry is any
-// type with a member `extent`; entries follow one another without gaps, from chunk 0.
-template <class Entry, class F>
-FUSEDSTEP_HD void for_each_span(const Entry* entries, std::int64_t count, std::int64_t first,
-                                std::int64_t last, F f) {
-    std::int64_t low = 0;  // the first entry that ends behind `first`
-    for (std::int64_t high = count; low < high;) {
-        std::int64_t const middle = low + (high - low) / 2;
+// type with a member `extent`; entries follow one another without gaps, from chunk 0. Index is an
+// integer type that holds the number of chunks.
+template <class Entry, class Index, class F>
+FUSEDSTEP_HD void for_each_span(const Entry* entries, Index count, Index first, Index last, F f) {
+    Index low = 0;  // the first entry that ends behind `first`
+    for (Index high = count; low < high;) {
+        Index const middle = low + (high - low) / 2;
         if (entries[middle].extent.end_chunk() <= first) {
             low = middle + 1;
         } else {

@@ -490,31 +490,43 @@ struct RowGradient {
     Truth<A, Index> truth;
 };
 
+// U p_c times upstream, from a logit or (kDone) from what add_piece left of it.
+template <class T, bool kDone>
+__device__ __forceinline__ acc_t<T> scaled_softmax(T value, acc_t<T> m, acc_t<T> scale) {
+    if constexpr (kDone && std::is_same_v<T, acc_t<T>>) return value * scale;
+    return exponential<T>(to_acc(value) - m) * scale;
+}
+
 // The gradient of one piece: of logits, or (kDone) of what add_piece left of them. Both products
 // are rounded, so that they cancel to zero where they are equal (one class).
 template <class T, bool kDense, bool kDone, class Row>
 __device__ __forceinline__ void write_gradient(T* grad, std::int64_t grad_stride, const Row& row,
                                                typename Row::Index piece,
-                                               typename Row::Piece values,
+                                               const typename Row::Piece& values,
                                                const RowGradient<acc_t<T>, typename Row::Index>& of,
                                                const Dense<T>& dense) {
     using A = acc_t<T>;
     auto const c = row.first(piece);
+    bool const has_truth = of.truth.index >= c && of.truth.index - c < Row::kLanes;
+    typename Row::Piece gradient;
     A u[Row::kLanes];
     if constexpr (kDense) dense.read(c, u);
 #pragma unroll
     for (int k = 0; k < Row::kLanes; ++k) {
-        A g = to_acc(values.lane[k]);
-        if constexpr (!kDone || !std::is_same_v<T, A>) g = exponential<T>(g - of.m);
-        g *= of.scale;
-        if constexpr (kDense) {
-            g -= (of.truth.index == c + k ? u[k] + of.truth.u : u[k]) * of.upstream;
-        } else {
-            if (of.truth.index == c + k) g -= of.truth.u * of.upstream;
-        }
-        values.lane[k] = from_acc<T>(g);
+        A g = scaled_softmax<T, kDone>(values.lane[k], of.m, of.scale);
+        if constexpr (kDense) g -= u[k] * of.upstream;
+        gradient.lane[k] = from_acc<T>(g);
     }
-    row.store(grad, grad_stride, piece, values);
+    if (has_truth) {  // computed again, to be rounded once
+#pragma unroll
+        for (int k = 0; k < Row::kLanes; ++k) {
+            if (of.truth.index != c + k) continue;
+            A const u_c = kDense ? u[k] + of.truth.u : of.truth.u;
+            A const g = scaled_softmax<T, kDone>(values.lane[k], of.m, of.scale);
+            gradient.lane[k] = from_acc<T>(g - u_c * of.upstream);
+        }
+    }
+    row.store(grad, grad_stride, piece, gradient);
 }
 
 // A group writes zeros to a row.
@@ -552,11 +564,11 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
     int const step = group.members();
     [[maybe_unused]] Piece kept[kHeldElements];
     // Each thread reads only what it wrote itself: no barrier is needed between the two.
-    [[maybe_unused]] Piece* stage = nullptr;
+    [[maybe_unused]] T* stage = nullptr;
     if constexpr (kKept == Kept::shared) {
-        stage = dynamic_shared<Piece>() + group.stage_begin(stage_pieces);
+        stage = dynamic_shared<T>() + group.stage_begin(stage_pieces) * Row::kLanes;
     }
-    // Calls f(piece, its values) for what this thread keeps of a row.
+    // Calls f(piece, its values) for what this thread keeps of a row; f may change the values.
     auto const for_each_kept = [&](Index end, auto f) {
         if constexpr (kKept == Kept::registers) {
 #pragma unroll
@@ -565,11 +577,12 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
                 if (piece < end) f(piece, kept[i]);
             }
         } else {
-            Piece* values = stage;
+            T* at = stage;
 #pragma unroll 4
             for (Index piece = member; piece < end; piece += step) {
-                f(piece, *values);
-                values += group.stage_step();
+                Piece values = bit_cast<Piece>(load_vector(at));
+                if (f(piece, values)) store_vector(at, bit_cast<Vector<T>>(values));
+                at += group.stage_step() * Row::kLanes;
             }
         }
     };
@@ -592,18 +605,28 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
         typename Single::Piece at_edge = edge >= 0 ? singles.load(x, edge) : Single::outside();
         if constexpr (kOnce) {
             A most = piece_max<T>(at_edge, -kInfinity<A>);
-            for_each_kept(end, [&](Index piece, Piece& values) {
-                if constexpr (kKept == Kept::shared) {
-                    copy_async(&values, x + pieces.first(piece));
-                } else {
-                    values = pieces.load(x, piece);
+            if constexpr (kKept == Kept::shared) {
+                T* to = stage;
+#pragma unroll 4
+                for (Index piece = member; piece < end; piece += step) {
+                    copy_async(to, x + pieces.first(piece));
+                    to += group.stage_step() * Row::kLanes;
                 }
+                wait_for_copies();
+            } else {
+                for_each_kept(end, [&](Index piece, Piece& values) {
+                    values = pieces.load(x, piece);
+                    return true;
+                });
+            }
+            for_each_kept(end, [&](Index, Piece& values) {
+                most = piece_max<T>(values, most);
+                return false;
             });
-            if constexpr (kKept == Kept::shared) wait_for_copies();
-            for_each_kept(end, [&](Index, Piece& values) { most = piece_max<T>(values, most); });
             m = group.max(most);
             for_each_kept(end, [&](Index piece, Piece& values) {
                 add_piece<T, kDense>(sums, pieces, piece, values, m, dense);
+                return std::is_same_v<T, A>;
             });
             if (edge >= 0) add_piece<T, kDense>(sums, singles, edge, at_edge, m, dense);
         } else {
@@ -668,6 +691,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             } else if constexpr (kOnce) {
                 for_each_kept(end, [&](Index piece, Piece& values) {
                     write_gradient<T, kDense, true>(grad, stride, pieces, piece, values, of, dense);
+                    return false;
                 });
             } else {
                 for (Index piece = member; piece < end; piece += step) {
