@@ -3,12 +3,20 @@
 
 PYTHON ?= python3
 ARGS ?=
+OUT ?= build/gpu-check/report
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 BUILT := build/built
 
+# The CUDA build has its own torch and so its own environment. It needs nvcc and no GPU.
+CUDA_VENV := .venv-cuda
+CUDA_BIN := $(CUDA_VENV)/bin
+CUDA_INSTALLED := $(CUDA_VENV)/installed
+CUDA_BUILT := build/cuda-built
+
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SOURCES := $(shell find csrc -type f ! -name '*.md') setup.py pyproject.toml
 
@@ -17,11 +25,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train test lint format clean distclean
+.PHONY: help build train test lint format cuda-build cuda-test gpu-check clean distclean
 
 help:  ## list the targets
-	@echo 'make TARGET [ARGS="..."] [PYTHON=python3]'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 build: $(BUILT)  ## build the extension into .venv, in place
 
@@ -29,7 +37,14 @@ train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" li
 	$(BIN)/python benchmarks/train_cnn.py $(ARGS)
 
 test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for a part of it)
-	$(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(PARALLEL) --device emulator \
+	    tests/test_cross_entropy.py tests/test_sgd.py tests/test_emulator.py \
+	    tests/test_every_kernel.py
+else
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
+endif
 
 lint: $(BUILT)  ## check format, lint, types and layering
 	$(BIN)/ruff format --check
@@ -43,11 +58,21 @@ format: $(INSTALLED)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
+cuda-build: $(CUDA_BUILT)  ## build with CUDA into .venv-cuda (needs nvcc, no GPU)
+
+cuda-test: $(CUDA_BUILT)  ## check the CUDA build's machine code and run the CPU tests on it
+	$(CUDA_BIN)/python -m fusedstep info
+	$(CUDA_BIN)/pytest $(PARALLEL) tests/test_cuda_resources.py tests/test_build.py \
+	    tests/test_cross_entropy.py tests/test_sgd.py tests/test_brief.py
+
+gpu-check:  ## build, test, sanitize and measure on this machine's GPU, with PYTHON's torch, into OUT
+	$(PYTHON) tests/gpu/check.py $(OUT)
+
 clean:  ## remove what was built
 	rm -rf build dist pyext/*.egg-info pyext/fusedstep/_C*.so pyext/fusedstep/_build_info.py
 
-distclean: clean  ## remove what was built and .venv
-	rm -rf $(VENV)
+distclean: clean  ## remove what was built, .venv and .venv-cuda
+	rm -rf $(VENV) $(CUDA_VENV)
 
 $(INSTALLED): requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
@@ -58,4 +83,19 @@ $(INSTALLED): requirements-dev.txt
 
 $(BUILT): $(INSTALLED) $(SOURCES)
 	$(BIN)/pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@mkdir -p $(@D) && touch $@
+
+# `torch==X` also accepts X+cpu; `torch===X` accepts X alone, which on Linux is the CUDA build.
+$(CUDA_INSTALLED): requirements-dev.txt
+	@test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc >/dev/null || \
+	    { echo 'The CUDA build needs nvcc: install a CUDA toolkit and put nvcc on PATH.'; exit 1; }
+	$(PYTHON) -m venv $(CUDA_VENV)
+	sed 's/^torch==/torch===/' $< > $(CUDA_VENV)/requirements.txt
+	$(CUDA_BIN)/pip install --disable-pip-version-check -r $(CUDA_VENV)/requirements.txt
+	@touch $@
+
+$(CUDA_BUILT) cuda-test: export PATH := $(CURDIR)/$(CUDA_BIN):$(PATH)
+$(CUDA_BUILT): $(CUDA_INSTALLED) $(SOURCES)
+	FUSEDSTEP_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" \
+	    $(CUDA_BIN)/pip install --disable-pip-version-check --no-build-isolation --no-deps .
 	@mkdir -p $(@D) && touch $@

@@ -6,13 +6,13 @@
 
 #include "core/cpu_level.h"
 #include "cross_entropy/binding.h"
+#include "pointwise_loss/binding.h"
 #include "sgd/binding.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using fusedstep::cross_entropy::backward_node_type;
 using fusedstep::cross_entropy::check_targets;
 
 // A torch.Tensor or Parameter itself: a subclass may mean something else by its operations.
@@ -20,25 +20,66 @@ const at::Tensor* plain_tensor(py::handle object) {
     return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
 }
 
-// The loss, or None where torch's own op has to run.
+// Tensors of one call as C++ sees them, if all are plain and nothing is watching calls.
+class PlainTensors {
+public:
+    PlainTensors(std::initializer_list<py::handle> required,
+                 std::initializer_list<py::handle> optional)
+        : plain_(!at::impl::torch_function_mode_enabled()) {
+        for (py::handle object : required) add(object);
+        for (py::handle object : optional) {
+            if (object.is_none()) {
+                tensors_.push_back(std::nullopt);
+            } else {
+                add(object);
+            }
+        }
+    }
+    explicit operator bool() const { return plain_; }
+    const std::optional<at::Tensor>& operator[](std::size_t i) const { return tensors_[i]; }
+
+private:
+    void add(py::handle object) {
+        const at::Tensor* const tensor = plain_tensor(object);
+        plain_ = plain_ && tensor;
+        tensors_.push_back(tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt);
+    }
+
+    bool plain_;
+    c10::SmallVector<std::optional<at::Tensor>, 4> tensors_;
+};
+
+// The result of a loss, or None where torch's own function has to run.
+template <class Loss>
+py::object without_gil(Loss loss) {
+    std::optional<at::Tensor> result;
+    {
+        py::gil_scoped_release release;
+        result = loss();
+    }
+    return result ? py::cast(std::move(*result)) : py::none();
+}
+
 py::object cross_entropy(py::handle input, py::handle target, py::handle weight,
                          std::int64_t reduction, std::int64_t ignore_index,
                          double label_smoothing) {
-    const at::Tensor* const logits = plain_tensor(input);
-    const at::Tensor* const targets = plain_tensor(target);
-    const at::Tensor* const weights = weight.is_none() ? nullptr : plain_tensor(weight);
-    if (!logits || !targets || (!weights && !weight.is_none()) ||
-        at::impl::torch_function_mode_enabled()) {
-        return py::none();
-    }
-    std::optional<at::Tensor> loss;
-    {
-        py::gil_scoped_release release;
-        loss = fusedstep::cross_entropy::cross_entropy(
-            *logits, *targets, weights ? std::optional<at::Tensor>(*weights) : std::nullopt,
-            reduction, ignore_index, label_smoothing);
-    }
-    return loss ? py::cast(std::move(*loss)) : py::none();
+    PlainTensors const tensors({input, target}, {weight});
+    if (!tensors) return py::none();
+    return without_gil([&] {
+        return fusedstep::cross_entropy::cross_entropy(*tensors[0], *tensors[1], tensors[2],
+                                                       reduction, ignore_index, label_smoothing);
+    });
+}
+
+py::object pointwise_loss(py::handle input, py::handle target, py::handle weight,
+                          py::handle pos_weight, std::int64_t kind, std::int64_t reduction,
+                          double parameter) {
+    PlainTensors const tensors({input, target}, {weight, pos_weight});
+    if (!tensors) return py::none();
+    return without_gil([&] {
+        return fusedstep::pointwise_loss::pointwise_loss(*tensors[0], *tensors[1], tensors[2],
+                                                         tensors[3], kind, reduction, parameter);
+    });
 }
 
 // Gives an autograd node defined here its own Python type, so that printing grad_fn names it.
@@ -53,9 +94,11 @@ void register_node_type(const std::type_info& node, const char* name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "fusedstep's compiled core.";
     m.def("cross_entropy", torch::wrap_pybind_function(&cross_entropy));
+    m.def("pointwise_loss", torch::wrap_pybind_function(&pointwise_loss));
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
     m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
     m.def("cpu_capability", [] { return fusedstep::cpu_level_name(fusedstep::cpu_level()); });
-    register_node_type(backward_node_type(), "CrossEntropyBackward0");
+    register_node_type(fusedstep::cross_entropy::backward_node_type(), "CrossEntropyBackward0");
+    register_node_type(fusedstep::pointwise_loss::backward_node_type(), "PointwiseLossBackward0");
 }

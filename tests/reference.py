@@ -99,6 +99,137 @@ def cross_entropy(
     )
 
 
+@dataclass
+class Pointwise:
+    """As :class:`CrossEntropy`, for a loss of each element on its own.
+
+    The gradient with respect to the target is given for losses of `input - target` alone, where it
+    is minus the gradient with respect to the input.
+    """
+
+    loss: Tensor
+    loss_scale: Tensor
+    grad: Tensor
+    grad_scale: Tensor
+    target_grad: Tensor | None
+
+
+def _pointwise(
+    value: Tensor,
+    value_scale: Tensor,
+    derivative: Tensor,
+    derivative_scale: Tensor,
+    reduction: str,
+    grad_output: Tensor | float,
+    is_of_difference: bool = True,
+) -> Pointwise:
+    """Reduces elements and applies the chain rule; the mean divides by their number."""
+    g = torch.as_tensor(grad_output, dtype=torch.float64, device=value.device)
+    if reduction == "mean":
+        g = g / value.numel() if value.numel() else g * torch.nan
+    grad = g * derivative
+    reduce = {"none": lambda t: t, "sum": torch.sum, "mean": torch.mean}[reduction]
+    return Pointwise(
+        reduce(value),
+        reduce(value_scale),
+        grad,
+        g.abs() * derivative_scale,
+        -grad if is_of_difference else None,
+    )
+
+
+def l1_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    grad_output: Tensor | float = 1.0,
+) -> Pointwise:
+    """`|d|` for `d = input - target`; its derivative where d is 0 is 0."""
+    d = input.detach().double() - target.detach().double()
+    sign = torch.where(d > 0, 1.0, torch.where(d < 0, -1.0, 0.0)).double()
+    return _pointwise(d.abs(), d.abs(), sign, sign.abs(), reduction, grad_output)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    grad_output: Tensor | float = 1.0,
+) -> Pointwise:
+    """`d^2` for `d = input - target`."""
+    d = input.detach().double() - target.detach().double()
+    return _pointwise(d * d, d * d, 2 * d, 2 * d.abs(), reduction, grad_output)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    beta: float = 1.0,
+    grad_output: Tensor | float = 1.0,
+) -> Pointwise:
+    """`d^2 / (2 beta)` where `|d| < beta`, else `|d| - beta / 2`; the L1 loss for a beta of 0."""
+    if beta == 0:
+        return l1_loss(input, target, reduction=reduction, grad_output=grad_output)
+    d = input.detach().double() - target.detach().double()
+    is_near = d.abs() < beta
+    value = torch.where(is_near, d * d / (2 * beta), d.abs() - beta / 2)
+    derivative = torch.where(is_near, d / beta, d.sign())
+    value_scale = torch.where(is_near, value, d.abs())
+    return _pointwise(value, value_scale, derivative, derivative.abs(), reduction, grad_output)
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    grad_output: Tensor | float = 1.0,
+) -> Pointwise:
+    """`d^2 / 2` where `|d| <= delta`, else `delta (|d| - delta / 2)`."""
+    d = input.detach().double() - target.detach().double()
+    is_near = d.abs() <= delta
+    value = torch.where(is_near, d * d / 2, delta * (d.abs() - delta / 2))
+    derivative = torch.where(is_near, d, delta * d.sign())
+    value_scale = torch.where(is_near, value, delta * d.abs())
+    return _pointwise(value, value_scale, derivative, derivative.abs(), reduction, grad_output)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+    grad_output: Tensor | float = 1.0,
+) -> Pointwise:
+    """`-w (q t log p + (1 - t) log(1 - p))`, p the sigmoid of the input, q the pos_weight.
+
+    `-log p` is `softplus(-x)` and `-log(1 - p)` is `softplus(-x) + x`, which neither overflow nor
+    cancel.
+    """
+    x, t = input.detach().double(), target.detach().double()
+    one = torch.ones_like(x)
+    w = one if weight is None else weight.detach().double().expand_as(x)
+    q = one if pos_weight is None else pos_weight.detach().double().expand_as(x)
+    softplus = (-x.abs()).exp().log1p() + (-x).clamp(min=0)
+    p = torch.where(x < 0, x.exp(), 1.0) / (1 + (-x.abs()).exp())
+    return _pointwise(
+        w * ((1 - t) * x + (1 + (q - 1) * t) * softplus),
+        w.abs() * ((1 - t).abs() * x.abs() + (1 + 2 * ((q - 1) * t).abs()) * softplus),
+        w * ((1 - t + q * t) * p - q * t),
+        w.abs() * (((1 - t).abs() + (q * t).abs()) * p + (q * t).abs()),
+        reduction,
+        grad_output,
+        is_of_difference=False,
+    )
+
+
 def sgd_step(
     param: Tensor,
     grad: Tensor,

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fusedstep
+from fusedstep import __main__ as command
 from fusedstep import _build_info
 from test_layering import ROOT, cpp_files, speaks_torch
 
@@ -64,10 +68,61 @@ def test_info_names_the_build() -> None:
     assert facts["built for torch"] == _build_info.torch_version
     assert facts["running torch"] == torch.__version__
     assert facts["CPU level"] in ("default", "avx2", "avx512")
+    assert facts["torch's CUDA"] == torch.version.cuda
+    assert len(facts["GPUs"]) == torch.cuda.device_count()
+    if facts["CUDA kernels"]:
+        assert facts["nvcc"] == _build_info.cuda
+        assert facts["architectures"] == list(_build_info.cuda_architectures) != []
+    else:
+        assert facts["why no CUDA"] == _build_info.why_no_cuda
+        assert {"nvcc", "architectures"}.isdisjoint(facts)
     lines = python("-m", "fusedstep", "info").stdout.splitlines()
     assert len(lines) == len(facts)
     for line, (name, value) in zip(lines, facts.items(), strict=True):
-        assert line.split(name)[1].strip() == ("no" if value is None else value)
+        assert line.split(name)[1].strip() == command.text(value)
+
+
+def test_info_tells_a_cuda_build_and_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build_info, "cuda", "13.0")
+    monkeypatch.setattr(_build_info, "cuda_architectures", ("8.0", "9.0+PTX"))
+    cards = [("Old", (7, 5)), ("Ada", (8, 9)), ("Later", (12, 1))]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: cards[index][0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: cards[index][1])
+    facts = command.info()
+    assert command.text(facts["CUDA kernels"]) == "yes"
+    assert "why no CUDA" not in facts
+    assert facts["nvcc"] == "13.0"
+    assert command.text(facts["architectures"]) == "8.0, 9.0+PTX"
+    assert facts["GPUs"] == [
+        "Old (compute capability 7.5; this build has nothing for it)",
+        "Ada (compute capability 8.9; this build has machine code for it)",
+        "Later (compute capability 12.1; this build has PTX for it)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "holds"),
+    [
+        ((8, 0), ["8.0"], "machine code"),
+        ((8, 9), ["8.0", "9.0"], "machine code"),
+        ((8, 0), ["8.6"], "nothing"),
+        ((9, 0), ["8.0"], "nothing"),
+        ((9, 0), ["8.0+PTX"], "PTX"),
+        ((8, 6), ["8.0+PTX"], "machine code"),
+        ((9, 0), ["9.0a"], "machine code"),
+        ((9, 1), ["9.0a"], "nothing"),
+        ((10, 0), ["9.0a+PTX"], "nothing"),
+        ((10, 3), ["9.0", "10.0", "12.0+PTX"], "machine code"),
+        ((12, 1), ["12.0+PTX"], "machine code"),
+        ((13, 0), ["9.0", "12.0+PTX"], "PTX"),
+        ((9, 0), [], "nothing"),
+    ],
+)
+def test_info_knows_which_gpus_a_build_is_for(
+    capability: tuple[int, int], architectures: list[str], holds: str
+) -> None:
+    assert command.code_for(capability, architectures) == holds
 
 
 def test_info_follows_the_level_asked_for() -> None:
@@ -107,6 +162,19 @@ def test_a_missing_symbol_of_torch_is_told_as_another_torch(package: Path) -> No
     assert REBUILD in error
 
 
+def test_a_missing_library_of_torch_is_told_as_another_torch(package: Path) -> None:
+    (core,) = package.glob("_C*.so")
+    absent, source = package / "libc10_absent.so", package / "core.cpp"
+    source.write_text('extern "C" { void gone() {} void* PyInit__C() { gone(); return nullptr; } }')
+    subprocess.run([CXX, "-shared", "-fPIC", str(source), "-o", str(absent)], check=True)
+    link = ["-Wl,--no-as-needed", f"-L{package}", "-lc10_absent"]
+    subprocess.run([CXX, "-shared", "-fPIC", str(source), "-o", str(core), *link], check=True)
+    absent.unlink()
+    error = import_error(package)
+    assert error.startswith("ImportError: fusedstep was built for torch ")
+    assert REBUILD in error
+
+
 def test_an_unbuilt_package_says_how_to_build_it(package: Path) -> None:
     (package / "_build_info.py").unlink()
     error = import_error(package)
@@ -122,6 +190,174 @@ def test_setup_without_torch_stops_with_one_sentence() -> None:
     assert result.returncode == 1
     (sentence,) = result.stderr.splitlines()
     assert "install torch, then `pip install --no-build-isolation .`" in sentence
+
+
+# nvcc 13.0's own order.
+LIST_GPU_ARCH = "\n".join(
+    f"compute_{n}" for n in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)
+)
+
+FAKE_NVCC = """#!/bin/sh
+case $1 in
+    --version) echo "Cuda compilation tools, release {release}, V{release}.9" ;;
+    --list-gpu-arch) echo "{list_gpu_arch}" ;;
+    -dryrun) echo '#$ INCLUDES="-I/headers of/nvcc"' ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str | None, str | None], dict[str, Any]]:
+    """setup.py's names, as it would build with torch of one CUDA release and nvcc of another."""
+
+    def load(torch_cuda: str | None, nvcc: str | None) -> dict[str, Any]:
+        home = tmp_path / "cuda"
+        (home / "bin").mkdir(parents=True)
+        if nvcc is not None:
+            script = home / "bin" / "nvcc"
+            script.write_text(FAKE_NVCC.format(release=nvcc, list_gpu_arch=LIST_GPU_ARCH))
+            script.chmod(0o755)
+        monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+        monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(home))
+        monkeypatch.chdir(ROOT)
+        return runpy.run_path("setup.py")
+
+    for name in ("FUSEDSTEP_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    return load
+
+
+def sentence(stopped: pytest.ExceptionInfo[SystemExit]) -> str:
+    text = str(stopped.value.code)
+    assert "\n" not in text
+    return text
+
+
+def test_cuda_is_built_where_torch_and_nvcc_have_it(
+    setup: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", "2")
+    names = setup("13.0", "13.2")
+    assert names["ARCHITECTURES"] == ["8.0", "9.0", "10.0", "11.0", "12.0+PTX"]
+    facts: dict[str, Any] = {}
+    exec(names["build_info"](), facts)
+    assert (facts["cuda"], facts["why_no_cuda"]) == ("13.2", None)
+    assert facts["cuda_architectures"] == tuple(names["ARCHITECTURES"])
+    extension = names["extension"]()
+    assert {Path(source).suffix for source in extension.sources} == {".cpp", ".cu"}
+    assert "-DFUSEDSTEP_CUDA" in extension.extra_compile_args["cxx"]
+    assert "-gencode=arch=compute_90,code=sm_90" in extension.extra_compile_args["nvcc"]
+    assert "--threads=1" in extension.extra_compile_args["nvcc"]
+    assert "/headers of/nvcc" in extension.include_dirs
+    assert "c10_cuda" in extension.libraries
+
+
+def test_named_architectures_are_the_ones_built(
+    setup: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
+    names = setup("13.0", "13.0")
+    assert names["ARCHITECTURES"] == ["8.6", "9.0a", "12.0+PTX"]
+    assert names["code_flags"](names["ARCHITECTURES"]) == [
+        "-gencode=arch=compute_86,code=sm_86",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_an_unknown_architecture_is_refused_by_name(
+    setup: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    with pytest.raises(SystemExit) as stopped:
+        setup("13.0", "13.0")
+    assert "Hopper is not an architecture" in sentence(stopped)
+
+
+@pytest.mark.parametrize(
+    ("list_gpu_arch", "architectures"),
+    [
+        (LIST_GPU_ARCH, ["8.0", "9.0", "10.0", "11.0", "12.0+PTX"]),
+        ("compute_50\ncompute_75\ncompute_80\ncompute_86\ncompute_90", ["8.0", "9.0+PTX"]),
+        ("compute_90\ncompute_90a\ncompute_86\ncompute_87", ["8.6", "9.0+PTX"]),
+        ("compute_80", ["8.0+PTX"]),
+    ],
+)
+def test_default_architectures_are_the_first_of_each_major(
+    setup: Callable[..., dict[str, Any]], list_gpu_arch: str, architectures: list[str]
+) -> None:
+    assert setup(None, None)["default_architectures"](list_gpu_arch) == architectures
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_cuda", "nvcc", "reason"),
+    [
+        ("0", "13.0", "13.0", "FUSEDSTEP_CUDA=0"),
+        ("0", "13.0", "12.8", "FUSEDSTEP_CUDA=0"),
+        ("", None, "13.0", "has no CUDA; install a torch"),
+        ("", "13.0", None, "there is no nvcc; install the CUDA 13.0 toolkit"),
+    ],
+)
+def test_a_build_without_cuda_says_why(
+    setup: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    torch_cuda: str | None,
+    nvcc: str | None,
+    reason: str,
+) -> None:
+    monkeypatch.setenv("FUSEDSTEP_CUDA", asked)
+    names = setup(torch_cuda, nvcc)
+    facts: dict[str, Any] = {}
+    exec(names["build_info"](), facts)
+    assert reason in facts["why_no_cuda"]
+    assert (facts["cuda"], facts["cuda_architectures"]) == (None, ())
+    extension = names["extension"]()
+    assert not [source for source in extension.sources if source.endswith(".cu")]
+    assert "-DFUSEDSTEP_CUDA" not in extension.extra_compile_args["cxx"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_cuda", "nvcc", "parts"),
+    [
+        ("1", None, "13.0", ["FUSEDSTEP_CUDA=1", "has no CUDA; install a torch"]),
+        ("1", "13.0", None, ["FUSEDSTEP_CUDA=1", "no nvcc", "13.0 toolkit", "CUDA_HOME"]),
+        ("1", "13.0", "12.8", ["CUDA 12.8", "CUDA 13.0", "CUDA_HOME", "FUSEDSTEP_CUDA=0"]),
+        ("", "12.6", "13.0", ["CUDA 13.0", "CUDA 12.6", "CUDA_HOME", "FUSEDSTEP_CUDA=0"]),
+        ("yes", "13.0", "13.0", ["FUSEDSTEP_CUDA=yes", "1 builds with CUDA, 0 without"]),
+    ],
+)
+def test_an_impossible_cuda_build_stops_with_one_sentence(
+    setup: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    torch_cuda: str | None,
+    nvcc: str | None,
+    parts: list[str],
+) -> None:
+    monkeypatch.setenv("FUSEDSTEP_CUDA", asked)
+    with pytest.raises(SystemExit) as stopped:
+        setup(torch_cuda, nvcc)
+    for part in parts:
+        assert part in sentence(stopped)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_says_that_the_cuda_build_needs_nvcc(tmp_path: Path) -> None:
+    # PYTHON=false: were nvcc not missed, nothing would be installed.
+    command = [str(shutil.which("make")), "cuda-build", f"CUDA_VENV={tmp_path}", "PYTHON=false"]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert "The CUDA build needs nvcc" in result.stdout
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda f: f.relative_to(ROOT / "csrc").as_posix())

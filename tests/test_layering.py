@@ -153,7 +153,8 @@ def compiler_imports(root: Path) -> Iterator[str]:
         "import sys, torch; before = set(sys.modules); import fusedstep\n"
         "print(*sorted(set(sys.modules) - before), sep='\\n')"
     )
-    path = os.pathsep.join([str(root / "pyext"), os.environ.get("PYTHONPATH", "")])
+    beside = [] if root == ROOT else [str(root / "pyext")]  # this project's is installed
+    path = os.pathsep.join([*beside, os.environ.get("PYTHONPATH", "")])
     loaded = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": path},

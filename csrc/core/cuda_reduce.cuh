@@ -11,6 +11,13 @@ namespace fusedstep {
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kMaxWarps = kMaxThreads / kWarp;
 
+struct Add {
+    template <class V>
+    __device__ __forceinline__ V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+
 // Over each group of `lanes` adjacent lanes (a power of two up to 32); every lane gets its group's
 // result. All 32 lanes of the warp must call it.
 template <class V, class Combine>

@@ -30,9 +30,18 @@ __device__ __forceinline__ Vector<T> load_vector(const T* p) {
     return bit_cast<Vector<T>>(*reinterpret_cast<const uint4*>(p));
 }
 
+// To global memory. (Written out, because the compiler takes a plain assignment of 16 bytes apart
+// where it has put them together from smaller ones.)
 template <class T>
 __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
-    *reinterpret_cast<uint4*>(p) = bit_cast<uint4>(vector);
+    uint4 const words = bit_cast<uint4>(vector);
+#if defined(__CUDA_ARCH__)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(words.x), "r"(words.y),
+                 "r"(words.z), "r"(words.w)
+                 : "memory");
+#else
+    *reinterpret_cast<uint4*>(p) = words;
+#endif
 }
 
 // Copies 16 bytes from global to shared memory, both aligned, past the registers. The copy may be

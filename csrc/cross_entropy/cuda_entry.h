@@ -47,21 +47,12 @@ struct BackwardArgs {
     bool keep_if_one;
 };
 
-struct ScaleArgs {
-    void* grad;  // multiplied by grad_output, one value
-    std::int64_t numel;
-    DType dtype;
-    const void* grad_output;
-    DType grad_output_dtype;
-};
-
 // The launches for one type of logits, without and with a dense part of the target vector.
 struct CudaKernels {
     cudaError_t (*forward)(const ForwardArgs&, const DeviceLimits&, cudaStream_t);
     cudaError_t (*forward_dense)(const ForwardArgs&, const DeviceLimits&, cudaStream_t);
     cudaError_t (*backward)(const BackwardArgs&, const DeviceLimits&, cudaStream_t);
     cudaError_t (*backward_dense)(const BackwardArgs&, const DeviceLimits&, cudaStream_t);
-    cudaError_t (*scale)(const ScaleArgs&, const DeviceLimits&, cudaStream_t);
 };
 extern const CudaKernels cuda_float32, cuda_float64, cuda_bfloat16, cuda_float16;
 
@@ -74,8 +65,5 @@ cudaError_t forward(const ForwardArgs& args, const DeviceLimits& limits, cudaStr
 
 // The gradient, recomputed from logits, row_stats and grad_output: one launch.
 cudaError_t backward(const BackwardArgs& args, const DeviceLimits& limits, cudaStream_t stream);
-
-// Multiplies a gradient in place; where grad_output is 1 it does nothing. One launch.
-cudaError_t scale(const ScaleArgs& args, const DeviceLimits& limits, cudaStream_t stream);
 
 }  // namespace fusedstep::cross_entropy

@@ -193,10 +193,4 @@ inline BackwardPlan backward_plan(const Args& args, const DeviceLimits& limits) 
         plan_groups(forward.walk, args.rows * segments, group, kThreads, 0, bytes, limits).shape};
 }
 
-constexpr LaunchShape scale_shape(std::int64_t numel, int item_size, const DeviceLimits& limits) {
-    constexpr int kThreads = 256;
-    return plan_groups(Walk::warp, row_vectors(numel, item_size), 1, kThreads, 0, item_size, limits)
-        .shape;
-}
-
 }  // namespace fusedstep::cross_entropy

@@ -23,6 +23,7 @@
 
 #include "core/cuda_launch.h"
 #include "core/cuda_math.cuh"
+#include "core/cuda_pieces.cuh"
 #include "core/cuda_reduce.cuh"
 #include "core/cuda_shared.cuh"
 #include "core/cuda_vector.cuh"
@@ -38,12 +39,6 @@ namespace cg = cooperative_groups;
 
 constexpr std::int64_t kNoFault = INT64_MAX;
 
-struct Add {
-    template <class V>
-    __device__ __forceinline__ V operator()(V a, V b) const {
-        return a + b;
-    }
-};
 struct Larger {
     template <class V>
     __device__ __forceinline__ V operator()(V a, V b) const {
@@ -75,75 +70,6 @@ __device__ __forceinline__ Offsets row_offsets(const Args& args, std::int64_t ro
     }
     return at;
 }
-
-// A row is cut into pieces, one access each: single elements, or aligned 16-byte vectors and, at
-// its ends, the few elements that fill none. Index counts the elements of a row: int where a row is
-// held, 64 bits elsewhere.
-template <class T, bool kVectors, class Index_>
-struct Pieces {
-    using Index = Index_;
-    static constexpr int kLanes = kVectors ? kVectorLanes<T> : 1;
-    struct alignas(kVectors ? kVectorBytes : sizeof(T)) Piece {
-        T lane[kLanes];
-    };
-
-    Index count;  // of whole pieces
-    Index classes;
-    std::int64_t class_stride;  // 1 for vectors
-    int head;                   // elements in front of the first vector
-
-    __device__ __forceinline__ Pieces(const T* row, std::int64_t classes_, std::int64_t stride)
-        : count(static_cast<Index>(classes_)),
-          classes(static_cast<Index>(classes_)),
-          class_stride(stride),
-          head(0) {
-        if constexpr (kVectors) {
-            auto const misaligned =
-                static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % kVectorBytes) /
-                static_cast<int>(sizeof(T));
-            head = misaligned == 0 ? 0 : kLanes - misaligned;
-            if (head > classes) head = static_cast<int>(classes);
-            count = (classes - head) / kLanes;
-        }
-    }
-
-    // The class of a piece's first element.
-    __device__ __forceinline__ Index first(Index piece) const { return head + piece * kLanes; }
-
-    // The class that a member of the group takes in addition to pieces; -1: none. The first kLanes
-    // members share the row's front, the next kLanes its end.
-    __device__ __forceinline__ Index edge(int member) const {
-        if constexpr (kVectors) {
-            if (member < head) return member;
-            Index const c = first(count) + (member - kLanes);
-            if (member >= kLanes && member < 2 * kLanes && c < classes) return c;
-        }
-        return -1;
-    }
-
-    __device__ __forceinline__ Piece load(const T* row, Index piece) const {
-        if constexpr (kVectors) return bit_cast<Piece>(load_vector(row + first(piece)));
-        return {{row[piece * class_stride]}};
-    }
-
-    // Into a row with this alignment.
-    __device__ __forceinline__ void store(T* row, std::int64_t stride, Index piece,
-                                          const Piece& values) const {
-        if constexpr (kVectors) {
-            store_vector(row + first(piece), bit_cast<Vector<T>>(values));
-        } else {
-            row[piece * stride] = values.lane[0];
-        }
-    }
-
-    // Stands for what lies outside the row: it changes neither maximum nor sum.
-    static __device__ __forceinline__ Piece outside() {
-        Piece piece;
-#pragma unroll
-        for (T& value : piece.lane) value = from_acc<T>(-kInfinity<acc_t<T>>);
-        return piece;
-    }
-};
 
 // ---- Targets ----
 
@@ -370,21 +296,6 @@ __device__ __forceinline__ double mean_scale(const ForwardArgs& a, Shared<A, kDe
     return weight[0] == 0 ? static_cast<double>(NAN) : 1.0 / weight[0];
 }
 
-__device__ __forceinline__ void store_scalar(void* to, DType dtype, std::int64_t index,
-                                             double value) {
-    dispatch(dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        static_cast<T*>(to)[index] = from_acc<T>(static_cast<acc_t<T>>(value));
-    });
-}
-
-__device__ __forceinline__ double load_scalar(const void* from, DType dtype, std::int64_t index) {
-    return dispatch(dtype, [&](auto tag) -> double {
-        using T = typename decltype(tag)::type;
-        return to_acc(static_cast<const T*>(from)[index]);
-    });
-}
-
 // Adds up what the blocks found and leaves it where the host asked for it.
 template <class A, bool kDense>
 __device__ __forceinline__ void finish(const ForwardArgs& a, Shared<A, kDense>& shared,
@@ -581,7 +492,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
 #pragma unroll 4
             for (Index piece = member; piece < end; piece += step) {
                 Piece values = bit_cast<Piece>(load_vector(at));
-                if (f(piece, values)) store_vector(at, bit_cast<Vector<T>>(values));
+                if (f(piece, values)) *reinterpret_cast<Piece*>(at) = values;
                 at += group.stage_step() * Row::kLanes;
             }
         }
@@ -764,26 +675,6 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void backward_k
     }
 }
 
-template <class T>
-__global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void scale_kernel(
-    const __grid_constant__ ScaleArgs a) {
-    using A = acc_t<T>;
-    A const factor = static_cast<A>(load_scalar(a.grad_output, a.grad_output_dtype, 0));
-    if (factor == A{1}) return;
-    T* const grad = static_cast<T*>(a.grad);
-    Pieces<T, true, std::int64_t> const pieces(grad, a.numel, 1);
-    int const thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
-    std::int64_t const step = std::int64_t{gridDim.x} * blockDim.x;
-    for (std::int64_t piece = thread; piece < pieces.count; piece += step) {
-        auto values = pieces.load(grad, piece);
-#pragma unroll
-        for (T& value : values.lane) value = from_acc<T>(to_acc(value) * factor);
-        pieces.store(grad, 1, piece, values);
-    }
-    std::int64_t const edge = pieces.edge(thread);
-    if (edge >= 0) grad[edge] = from_acc<T>(to_acc(grad[edge]) * factor);
-}
-
 // ---- Launches, for one type of logits ----
 
 template <class T, bool kDense>
@@ -829,18 +720,13 @@ cudaError_t launch_backward(const BackwardArgs& a, const DeviceLimits& limits,
     return launch(plan.shape, stream, kernel, a, plan.group, plan.segment, plan.segments);
 }
 
-template <class T>
-cudaError_t launch_scale(const ScaleArgs& a, const DeviceLimits& limits, cudaStream_t stream) {
-    return launch(scale_shape(a.numel, sizeof(T), limits), stream, scale_kernel<T>, a);
-}
-
 }  // namespace
 
 // The table of one type of logits; cuda_<type>.cu instantiates it.
 template <class T>
 CudaKernels cuda_kernels_of() {
     return {launch_forward<T, false>, launch_forward<T, true>, launch_backward<T, false>,
-            launch_backward<T, true>, launch_scale<T>};
+            launch_backward<T, true>};
 }
 
 }  // namespace fusedstep::cross_entropy

@@ -36,8 +36,4 @@ cudaError_t backward(const BackwardArgs& a, const DeviceLimits& limits, cudaStre
     return (dense ? of.backward_dense : of.backward)(a, limits, stream);
 }
 
-cudaError_t scale(const ScaleArgs& a, const DeviceLimits& limits, cudaStream_t stream) {
-    return kernels(a.dtype).scale(a, limits, stream);
-}
-
 }  // namespace fusedstep::cross_entropy

@@ -4,32 +4,23 @@
 //   fusedstep::cross_entropy_forward    loss, and with it the gradient or what a recompute needs
 //   fusedstep::cross_entropy_backward   the gradient, recomputed from the logits
 //
-// When the gradient is computed. With reduction "mean" or "sum" it is computed in the forward pass,
-// while a row is in cache, and the backward pass hands it over (times grad_output, if that is not
-// 1). It is recomputed from the logits in the backward pass instead where that rounds less or moves
-// fewer bytes: reduction "none" (each row has its own grad_output), float16 (an unscaled gradient
-// underflows: loss scaling must act before rounding), and bfloat16 when grad_output is not a power
-// of two (a second rounding).
+// The gradient is computed in the forward pass, while a row is in cache, or recomputed from the
+// logits in the backward pass: torch_glue/loss.h says when.
 
-#include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <limits>
 #include <mutex>
 #include <tuple>
@@ -43,6 +34,7 @@
 #endif
 #include "torch_glue/cuda.h"
 #include "torch_glue/gradient_memory.h"
+#include "torch_glue/loss.h"
 #include "torch_glue/node.h"
 #include "torch_glue/plain.h"
 
@@ -50,11 +42,8 @@ namespace fusedstep::cross_entropy {
 namespace {
 
 using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-
-bool is_given(const OptionalTensor& tensor) { return tensor.has_value() && tensor->defined(); }
 
 // ---- What is covered ----
 
@@ -107,9 +96,8 @@ std::optional<at::ScalarType> loss_type(const Tensor& logits, const Tensor& targ
                                         const OptionalTensor& weight, bool probabilities) {
     at::ScalarType const type = logits.scalar_type();
     if (!kernel_dtype(type)) return std::nullopt;
-    bool const autocast =
-        !logits.is_meta() && at::autocast::is_autocast_enabled(logits.device().type());
-    bool const narrow = type == at::kBFloat16 || type == at::kHalf;
+    bool const autocast = in_autocast(logits);
+    bool const narrow = is_narrow(type);
     at::ScalarType loss = autocast && narrow ? at::kFloat : type;
     if (probabilities && target.scalar_type() != type) {
         if (!narrow || target.scalar_type() != at::kFloat) return std::nullopt;
@@ -125,14 +113,6 @@ std::optional<at::ScalarType> loss_type(const Tensor& logits, const Tensor& targ
 
 bool covers_tensor(const Tensor& tensor, const Tensor& logits) {
     return tensor.device() == logits.device() && is_plain_strided(tensor);
-}
-
-// On a device that this build has kernels for; of a fake tensor too.
-bool has_kernels(const Tensor& logits) {
-#if defined(FUSEDSTEP_CUDA)
-    if (is_cuda(logits)) return true;
-#endif
-    return logits.is_cpu() || logits.is_meta();
 }
 
 // Decides from metadata alone. Raises for shapes that no kernel could accept.
@@ -168,21 +148,6 @@ std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tens
 }
 
 // ---- Kernel arguments ----
-
-void write_scalar(const Tensor& tensor, std::int64_t index, double value) {
-    dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        static_cast<T*>(tensor.mutable_data_ptr())[index] =
-            from_acc<T>(static_cast<acc_t<T>>(value));
-    });
-}
-
-double read_scalar(const Tensor& tensor, std::int64_t index) {
-    return dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) -> double {
-        using T = typename decltype(tag)::type;
-        return to_acc(static_cast<const T*>(tensor.const_data_ptr())[index]);
-    });
-}
 
 // Row dimensions, merged wherever every operand allows it.
 struct RowLayout {
@@ -299,18 +264,6 @@ struct KernelArgs {
 };
 
 // ---- CPU: fixed chunks of rows, any number of threads ----
-
-// Calls f(chunk, first row, end row) for every chunk, in parallel where there is enough work.
-template <class F>
-void for_each_chunk(std::int64_t rows, std::int64_t chunk_rows, const F& f) {
-    constexpr std::int64_t kChunksPerTask = 4;
-    std::int64_t const chunks = (rows + chunk_rows - 1) / chunk_rows;
-    at::parallel_for(0, chunks, kChunksPerTask, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t chunk = begin; chunk < end; ++chunk) {
-            f(chunk, chunk * chunk_rows, std::min(rows, (chunk + 1) * chunk_rows));
-        }
-    });
-}
 
 double weight_sum_cpu(const KernelArgs& kernel) {
     if (!kernel.weight.defined() || kernel.args.target_kind != TargetKind::smoothed_index) {
@@ -485,15 +438,6 @@ Tensor backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tens
     return grad;
 }
 
-// grad *= grad_output, without a look at it on the host.
-void scale_cuda(const Tensor& grad, const Tensor& grad_output) {
-    CudaGuard const guard(grad.device());
-    ScaleArgs const args{grad.mutable_data_ptr(), grad.numel(), *kernel_dtype(grad.scalar_type()),
-                         grad_output.const_data_ptr(), *kernel_dtype(grad_output.scalar_type())};
-    check_launch(scale(args, device_limits(grad.device()), current_stream(grad.device())),
-                 "cross_entropy_backward");
-}
-
 #endif
 
 // ---- Operators ----
@@ -513,11 +457,6 @@ const auto& backward_op() {
 }
 
 // ---- Autograd ----
-
-bool is_power_of_two(double value) {
-    int exponent = 0;
-    return std::abs(std::frexp(value, &exponent)) == 0.5;
-}
 
 struct CrossEntropyBackward0 final : torch::autograd::Node {
     SavedVariable logits;
@@ -551,55 +490,27 @@ struct CrossEntropyBackward0 final : torch::autograd::Node {
         if (!grad_output.defined() || !task_should_compute_output(0)) return {Tensor()};
         if (c10::GradMode::is_enabled()) return {differentiable(grad_output)};
         at::AutoDispatchBelowADInplaceOrView below_autograd;
-        return {grad.defined() ? scaled(grad_output) : recomputed(grad_output)};
+        return {grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
+                               : recomputed(grad_output)};
     }
+
+    Tensor recomputed(const Tensor& grad_output) {
+        return backward_op().call(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
+                                  ignore_index, label_smoothing, stats);
+    }
+
+#if defined(FUSEDSTEP_CUDA)
+    void recompute_into(const Tensor& result, const Tensor& grad_output) {
+        write_backward_cuda(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
+                            ignore_index, label_smoothing, stats, result, /*keep_if_one=*/true);
+    }
+#endif
 
 private:
     bool released_ = false;
 
     OptionalTensor unpacked_weight() const {
         return has_weight ? OptionalTensor(weight.unpack()) : std::nullopt;
-    }
-
-    // The gradient of the forward pass, times grad_output. What is saved is handed over only when
-    // this graph is about to be freed, and never written otherwise: a second backward must find it.
-    Tensor scaled(const Tensor& grad_output) {
-        if (symbolic || is_symbolic(grad_output) || is_wrapped(grad_output) || in_functorch() ||
-            in_dispatch_mode()) {
-            return at::mul(grad, grad_output).to(grad.scalar_type());
-        }
-        bool const keep = torch::autograd::get_current_graph_task_keep_graph();
-#if defined(FUSEDSTEP_CUDA)
-        if (is_cuda(grad)) return scaled_on_device(grad_output, keep);
-#endif
-        double const factor = read_scalar(grad_output, 0);
-        if (factor == 1.0) return keep ? grad.clone() : std::move(grad);
-        if (stats.defined() && !is_power_of_two(factor)) {
-            if (!keep) grad = Tensor();  // its memory is free before another gradient is made
-            return recomputed(grad_output);
-        }
-        return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
-    }
-
-#if defined(FUSEDSTEP_CUDA)
-    // The same where nobody can look at grad_output: one launch, which finds out.
-    Tensor scaled_on_device(const Tensor& grad_output, bool keep) {
-        if (keep) return stats.defined() ? recomputed(grad_output) : at::mul(grad, grad_output);
-        Tensor const result = std::move(grad);
-        if (stats.defined()) {
-            write_backward_cuda(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
-                                ignore_index, label_smoothing, stats, result,
-                                /*keep_if_one=*/true);
-        } else {
-            scale_cuda(result, grad_output);
-        }
-        return result;
-    }
-#endif
-
-    Tensor recomputed(const Tensor& grad_output) {
-        return backward_op().call(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
-                                  ignore_index, label_smoothing, stats);
     }
 
     // The same gradient as a differentiable function of logits and grad_output: torch's own ops.
@@ -620,11 +531,9 @@ Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& w
     bool const with_grad = c10::GradMode::is_enabled() && logits.requires_grad();
     bool const symbolic = is_symbolic(logits) || in_dispatch_mode();
     at::ScalarType const type = logits.scalar_type();
-    bool const narrow = type == at::kBFloat16 || type == at::kHalf;
-    // A traced backward cannot look at grad_output, so 16-bit gradients are recomputed there.
-    bool const grad_in_forward = with_grad && type != at::kHalf && !(symbolic && narrow) &&
-                                 static_cast<Reduction>(reduction) != Reduction::none;
-    bool const with_stats = with_grad && (narrow || !grad_in_forward);
+    bool const reduced = static_cast<Reduction>(reduction) != Reduction::none;
+    bool const grad_in_forward = with_grad && gradient_in_forward(type, reduced, symbolic);
+    bool const with_stats = with_grad && (is_narrow(type) || !grad_in_forward);
 
     auto [loss, grad, stats] = [&] {
         at::AutoDispatchBelowADInplaceOrView below_autograd;

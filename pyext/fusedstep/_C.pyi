@@ -12,9 +12,23 @@ def cross_entropy(
     label_smoothing: float,
     /,
 ) -> Tensor | None: ...
+def pointwise_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    kind: int,
+    reduction: int,
+    parameter: float,
+    /,
+) -> Tensor | None: ...
 def check_targets(device: torch.device, /) -> None: ...
 def cpu_capability() -> str: ...
 def sgd_step(
-    param_groups: list[dict[str, Any]], state: dict[Any, Any], grad_scale: float, /
+    param_groups: list[dict[str, Any]],
+    state: dict[Any, Any],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    /,
 ) -> list[tuple[dict[str, Any], list[Tensor]]]: ...
 def sgd_zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...

@@ -1,6 +1,6 @@
 """The training step around a network, fused: loss forward, loss backward, SGD update.
 
-``CrossEntropyLoss`` and ``SGD`` are drop-ins for torch's classes of the same names.
+The losses and ``SGD`` are drop-ins for torch's classes of the same names.
 """
 
 from fusedstep._compatibility import check_torch as _check_torch
@@ -11,7 +11,25 @@ _check_torch()
 
 from fusedstep import fakes as _fakes  # noqa: E402, F401
 from fusedstep import functional, nn, optim  # noqa: E402
-from fusedstep.nn import CrossEntropyLoss  # noqa: E402
+from fusedstep.nn import (  # noqa: E402
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    HuberLoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from fusedstep.optim import SGD  # noqa: E402
 
-__all__ = ["SGD", "CrossEntropyLoss", "functional", "nn", "optim"]
+__all__ = [
+    "SGD",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "MSELoss",
+    "SmoothL1Loss",
+    "functional",
+    "nn",
+    "optim",
+]

@@ -34,6 +34,7 @@ def check_torch() -> None:
     try:
         importlib.import_module("fusedstep._C")
     except ImportError as error:
-        if "undefined symbol" in str(error):
+        # Of another torch, or of a build of the same torch without CUDA or with another one.
+        if any(sign in str(error) for sign in ("undefined symbol", "cannot open shared object")):
             raise ImportError(mismatch) from error
         raise

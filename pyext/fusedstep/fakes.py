@@ -39,3 +39,35 @@ def _cross_entropy_backward(
     stats: Tensor,
 ) -> Tensor:
     return torch.empty_like(input)
+
+
+@torch.library.register_fake("fusedstep::pointwise_loss_forward")
+def _pointwise_loss_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    kind: int,
+    reduction: int,
+    parameter: float,
+    loss_dtype: torch.dtype,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    per_element = torch.empty_like(input, dtype=loss_dtype)
+    loss = per_element if reduction == 0 else input.new_empty((), dtype=loss_dtype)
+    grad = torch.empty_like(input) if with_grad else input.new_empty(0)
+    return loss, grad
+
+
+@torch.library.register_fake("fusedstep::pointwise_loss_backward")
+def _pointwise_loss_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    kind: int,
+    reduction: int,
+    parameter: float,
+) -> Tensor:
+    return torch.empty_like(input)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -10,7 +13,17 @@ from torch.overrides import handle_torch_function
 
 from fusedstep import _C
 
-__all__ = ["check_targets", "cross_entropy"]
+_L1, _MSE, _SMOOTH_L1, _HUBER, _BCE_WITH_LOGITS = range(5)  # Kind in pointwise_loss/math.h
+
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "check_targets",
+    "cross_entropy",
+    "huber_loss",
+    "l1_loss",
+    "mse_loss",
+    "smooth_l1_loss",
+]
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -79,7 +92,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    code = _REDUCTIONS.get(reduction)
+    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(f"{reduction!r} is not a valid value for reduction")
     if is_dynamo_compiling():
@@ -93,7 +106,14 @@ def cross_entropy(
         fused = None
     if fused is not None:
         return fused
-    return _torch_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    return _torch(
+        cross_entropy,
+        (input, target),
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
 
 
 def check_targets(device: torch.device | str | int | None = None) -> None:
@@ -117,35 +137,204 @@ def check_targets(device: torch.device | str | int | None = None) -> None:
     _C.check_targets(found)
 
 
-def _torch_cross_entropy(
+def l1_loss(
     input: Tensor,
     target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Let a function mode see our function, and torch compute what the kernels do not cover."""
-    plain = all(
-        type(t) in (Tensor, torch.nn.Parameter) for t in (input, target, weight) if t is not None
-    )
-    if plain and torch._C._is_torch_function_mode_enabled():
-        loss: Tensor = handle_torch_function(
-            cross_entropy,
-            (input, target, weight),
-            input,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+    r"""Absolute error :math:`|x - t|`, with its gradient computed in the same pass.
+
+    Signature, semantics, warnings and errors are those of :func:`torch.nn.functional.l1_loss`.
+
+    Args:
+        input: Of any shape and strides; float32, float64, bfloat16 or float16. Never modified.
+        target: Of the shape and dtype of ``input`` (under autocast, float32 beside 16 bits too).
+            Another shape is broadcast, with torch's warning, by torch's own op.
+        size_average: Deprecated, as in torch; see ``reduction``.
+        reduce: Deprecated, as in torch; see ``reduction``.
+        reduction: ``"mean"`` (over the elements), ``"sum"`` or ``"none"``.
+        weight: One factor for each element; computed by torch's own op.
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor of the shape of ``input``, in its dtype:
+        float32 for 16-bit input under autocast. Both ``input`` and ``target`` get a gradient.
+
+    Raises:
+        ValueError: ``reduction`` is unknown, or the size of ``weight`` is not that of ``input``.
+        RuntimeError: Shapes cannot be broadcast, or dtypes do not fit together.
+
+    Arguments outside the above (other devices or dtypes, tensor subclasses, ``torch.func``
+    transforms, forward-mode differentiation) go to torch's own op.
+    """
+    if weight is None:
+        loss = _pointwise_loss(_L1, input, target, size_average, reduce, reduction)
+        if loss is not None:
+            return loss
+    options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+    return _torch(l1_loss, (input, target), **options, weight=weight)
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Squared error :math:`(x - t)^2`, with its gradient computed in the same pass.
+
+    Signature, semantics, warnings and errors are those of :func:`torch.nn.functional.mse_loss`;
+    arguments, result and what is covered are described at :func:`l1_loss`.
+    """
+    if weight is None:
+        loss = _pointwise_loss(_MSE, input, target, size_average, reduce, reduction)
+        if loss is not None:
+            return loss
+    options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+    return _torch(mse_loss, (input, target), **options, weight=weight)
+
+
+def smooth_l1_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    beta: float = 1.0,
+) -> Tensor:
+    r"""Smooth L1 loss, with its gradient computed in the same pass.
+
+    For :math:`d = x - t` it is :math:`d^2 / (2 \beta)` where :math:`|d| < \beta`, and
+    :math:`|d| - \beta / 2` elsewhere (Girshick, 2015). Signature, semantics, warnings and errors
+    are those of :func:`torch.nn.functional.smooth_l1_loss`; the other arguments, the result and
+    what is covered are described at :func:`l1_loss`.
+
+    Args:
+        beta: Where the quadratic part ends, in units of ``input``; 0 gives the L1 loss.
+    """
+    kind = _L1 if beta == 0 else _SMOOTH_L1
+    loss = _pointwise_loss(kind, input, target, size_average, reduce, reduction, parameter=beta)
+    if loss is not None:
         return loss
-    return torch.nn.functional.cross_entropy(
+    options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+    return _torch(smooth_l1_loss, (input, target), **options, beta=beta)
+
+
+def huber_loss(
+    input: Tensor,
+    target: Tensor,
+    reduction: str = "mean",
+    delta: float = 1.0,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Huber loss, with its gradient computed in the same pass.
+
+    For :math:`d = x - t` it is :math:`d^2 / 2` where :math:`|d| \le \delta`, and
+    :math:`\delta (|d| - \delta / 2)` elsewhere (Huber, 1964). Signature, semantics, warnings and
+    errors are those of :func:`torch.nn.functional.huber_loss`; the other arguments, the result and
+    what is covered are described at :func:`l1_loss`.
+
+    Args:
+        delta: Where the quadratic part ends, in units of ``input``; positive.
+    """
+    if weight is None:
+        loss = _pointwise_loss(_HUBER, input, target, None, None, reduction, parameter=delta)
+        if loss is not None:
+            return loss
+    return _torch(huber_loss, (input, target), reduction=reduction, delta=delta, weight=weight)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross-entropy of logits, with its gradient computed in the same pass.
+
+    For a logit :math:`x`, a target :math:`t` and :math:`q` from ``pos_weight`` it is
+
+    .. math:: (1 - t)\, x + (1 + (q - 1)\, t) \log (1 + e^{-x}).
+
+    Signature, semantics and errors are those of
+    :func:`torch.nn.functional.binary_cross_entropy_with_logits`; the other arguments, the result
+    and what is covered are described at :func:`l1_loss`.
+
+    Args:
+        weight: A factor for each element; broadcast to the shape of ``input``.
+        pos_weight: A factor for the positive part; broadcast to the shape of ``input``.
+
+    Raises:
+        ValueError: The size of ``target`` is not that of ``input``, or ``reduction`` is unknown.
+
+    A ``target`` that requires a gradient goes to torch's own op.
+    """
+    loss = _pointwise_loss(
+        _BCE_WITH_LOGITS,
         input,
         target,
+        size_average,
+        reduce,
+        reduction,
         weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
+        pos_weight=pos_weight,
     )
+    if loss is not None:
+        return loss
+    options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
+    return _torch(
+        binary_cross_entropy_with_logits,
+        (input, target),
+        weight=weight,
+        pos_weight=pos_weight,
+        **options,
+    )
+
+
+def _pointwise_loss(
+    kind: int,
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None,
+    reduce: bool | None,
+    reduction: str,
+    *,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    parameter: float = 0.0,
+) -> Tensor | None:
+    """Return a loss that the kernels cover, or None: torch's own function has to run."""
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is None:
+        return None
+    if is_dynamo_compiling():
+        if input.shape != target.shape:
+            return None
+        loss: Tensor = torch.ops.fusedstep.pointwise_loss(
+            input, target, weight, pos_weight, kind, code, parameter
+        )
+        return loss
+    try:
+        return _C.pointwise_loss(input, target, weight, pos_weight, kind, code, parameter)
+    except TypeError:  # not a number; torch's own function names the argument
+        return None
+
+
+def _torch(ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any) -> Tensor:
+    """Let a function mode see our function, and torch compute what the kernels do not cover."""
+    tensors = [t for t in (*operands, *options.values()) if isinstance(t, Tensor)]
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    if plain and torch._C._is_torch_function_mode_enabled():
+        loss: Tensor = handle_torch_function(ours, tensors, *operands, **options)
+    else:
+        loss = getattr(torch.nn.functional, ours.__name__)(*operands, **options)
+    return loss

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from fusedstep import functional as F
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = [
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "HuberLoss",
+    "L1Loss",
+    "MSELoss",
+    "SmoothL1Loss",
+]
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -26,4 +33,53 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class L1Loss(torch.nn.L1Loss):
+    """Drop-in for :class:`torch.nn.L1Loss`, computed by :func:`fusedstep.functional.l1_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        return F.l1_loss(input, target, reduction=self.reduction)
+
+
+class MSELoss(torch.nn.MSELoss):
+    """Drop-in for :class:`torch.nn.MSELoss`, computed by :func:`fusedstep.functional.mse_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        return F.mse_loss(input, target, reduction=self.reduction)
+
+
+class SmoothL1Loss(torch.nn.SmoothL1Loss):
+    """Drop-in for :class:`torch.nn.SmoothL1Loss`.
+
+    Computed by :func:`fusedstep.functional.smooth_l1_loss`.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(torch.nn.HuberLoss):
+    """Drop-in for :class:`torch.nn.HuberLoss`, by :func:`fusedstep.functional.huber_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of ``input`` against ``target``."""
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
+    """Drop-in for :class:`torch.nn.BCEWithLogitsLoss`.
+
+    Computed by :func:`fusedstep.functional.binary_cross_entropy_with_logits`. Constructor, buffers,
+    ``state_dict`` and ``repr`` are torch's.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of logits ``input`` against ``target``."""
+        return F.binary_cross_entropy_with_logits(
+            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
         )

@@ -72,7 +72,7 @@ def _profile_hook_step(step: _Step) -> _Step:
             or self.defaults["differentiable"]
         ):
             return step(*args, **kwargs)
-        left = _C.sgd_step(self.param_groups, self.state, 1.0)
+        left = _C.sgd_step(self.param_groups, self.state, None, None)
         if left:
             self._step_by_torch(left)
         return None
@@ -109,10 +109,18 @@ class SGD(torch.optim.SGD):
     :class:`torch.amp.GradScaler` are torch's, and a checkpoint moves both ways. ``foreach`` and
     ``fused`` are accepted and kept: on what the kernels cover, every step is fused.
 
-    Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU,
-    in any mix, with gradients and momentum buffers of the same dtype. Parameters outside that
-    (other devices, sparse gradients, complex numbers, strided views, tensor subclasses), or
-    ``differentiable=True``, are updated in the same call by torch's own functions.
+    Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU and
+    on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device.
+    Parameters outside that (other devices, sparse gradients, complex numbers, strided views,
+    tensor subclasses), or ``differentiable=True``, are updated in the same call by torch's own
+    functions.
+
+    On CUDA a step is one kernel for each device, however many parameters there are. It runs on the
+    current stream, does not wait for the device and can be captured in a CUDA graph. A tensor
+    ``lr`` on the parameter's device is read there, when the kernel runs: it is not checked, and a
+    captured step follows its changes. So are the scale and the overflow flag of
+    :class:`torch.amp.GradScaler`; a first step that overflows leaves momentum buffers of zeros.
+    With ``dampening`` a parameter's first step with momentum waits for that flag.
 
     Raises:
         ValueError: A hyperparameter is out of range or not finite, in the constructor, in
@@ -146,21 +154,19 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
-        if found_inf is not None and found_inf:
-            return loss
         grad_scale: Tensor | None = self.__dict__.get("grad_scale")
-        scale = 1.0 if grad_scale is None else float(grad_scale)
-        if self.defaults["differentiable"]:
+        found_inf: Tensor | None = self.__dict__.get("found_inf")
+        if not self.defaults["differentiable"]:
+            left = _C.sgd_step(self.param_groups, self.state, grad_scale, found_inf)
+        else:
             for group in self.param_groups:
                 _require_finite(group)
             left = [
                 (group, [p for p in group["params"] if p.grad is not None])
                 for group in self.param_groups
             ]
-        else:
-            left = _C.sgd_step(self.param_groups, self.state, scale)
-        self._step_by_torch(left, scale)
+        if left and (found_inf is None or not found_inf):
+            self._step_by_torch(left, 1.0 if grad_scale is None else float(grad_scale))
         return loss
 
     def _step_by_torch(

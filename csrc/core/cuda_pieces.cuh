@@ -1,0 +1,100 @@
+// An array as threads share it: pieces of one access each.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <limits>
+
+#include "core/cuda_math.cuh"
+#include "core/cuda_vector.cuh"
+#include "core/dtype.h"
+
+namespace fusedstep {
+
+// A row of elements is cut into pieces, one access each: single elements, or aligned 16-byte
+// vectors and, at its ends, the few elements that fill none. Index counts the elements of a row:
+// int where a row is held, 64 bits elsewhere.
+template <class T, bool kVectors, class Index_>
+struct Pieces {
+    using Index = Index_;
+    static constexpr int kLanes = kVectors ? kVectorLanes<T> : 1;
+    struct alignas(kVectors ? kVectorBytes : sizeof(T)) Piece {
+        T lane[kLanes];
+    };
+
+    Index count;  // of whole pieces
+    Index classes;
+    std::int64_t class_stride;  // 1 for vectors
+    int head;                   // elements in front of the first vector
+
+    __device__ __forceinline__ Pieces(const T* row, std::int64_t classes_, std::int64_t stride)
+        : count(static_cast<Index>(classes_)),
+          classes(static_cast<Index>(classes_)),
+          class_stride(stride),
+          head(0) {
+        if constexpr (kVectors) {
+            auto const misaligned =
+                static_cast<int>(reinterpret_cast<std::uintptr_t>(row) % kVectorBytes) /
+                static_cast<int>(sizeof(T));
+            head = misaligned == 0 ? 0 : kLanes - misaligned;
+            if (head > classes) head = static_cast<int>(classes);
+            count = (classes - head) / kLanes;
+        }
+    }
+
+    // The class of a piece's first element.
+    __device__ __forceinline__ Index first(Index piece) const { return head + piece * kLanes; }
+
+    // The class that a member of the group takes in addition to pieces; -1: none. The first kLanes
+    // members share the row's front, the next kLanes its end.
+    __device__ __forceinline__ Index edge(int member) const {
+        if constexpr (kVectors) {
+            if (member < head) return member;
+            Index const c = first(count) + (member - kLanes);
+            if (member >= kLanes && member < 2 * kLanes && c < classes) return c;
+        }
+        return -1;
+    }
+
+    __device__ __forceinline__ Piece load(const T* row, Index piece) const {
+        if constexpr (kVectors) return bit_cast<Piece>(load_vector(row + first(piece)));
+        return {{row[piece * class_stride]}};
+    }
+
+    // Into a row with this alignment.
+    __device__ __forceinline__ void store(T* row, std::int64_t stride, Index piece,
+                                          const Piece& values) const {
+        if constexpr (kVectors) {
+            store_vector(row + first(piece), bit_cast<Vector<T>>(values));
+        } else {
+            row[piece * stride] = values.lane[0];
+        }
+    }
+
+    // Stands for what lies outside the row: it changes neither maximum nor sum.
+    static __device__ __forceinline__ Piece outside() {
+        Piece piece;
+#pragma unroll
+        for (T& value : piece.lane) value = from_acc<T>(-kInfinity<acc_t<T>>);
+        return piece;
+    }
+};
+
+// One value of a type that is known at run time.
+__device__ __forceinline__ void store_scalar(void* to, DType dtype, std::int64_t index,
+                                             double value) {
+    dispatch(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        static_cast<T*>(to)[index] = from_acc<T>(static_cast<acc_t<T>>(value));
+    });
+}
+
+__device__ __forceinline__ double load_scalar(const void* from, DType dtype, std::int64_t index) {
+    return dispatch(dtype, [&](auto tag) -> double {
+        using T = typename decltype(tag)::type;
+        return to_acc(static_cast<const T*>(from)[index]);
+    });
+}
+
+}  // namespace fusedstep

@@ -1,0 +1,24 @@
+// What the Python module binds of this room.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <typeinfo>
+
+namespace fusedstep::pointwise_loss {
+
+// A loss of plain tensors, or nothing where the kernels do not cover the arguments and torch's own
+// op has to run (and to warn, or to raise torch's own errors). `kind` is a Kind, `reduction` a
+// Reduction, `parameter` smooth_l1's beta or huber's delta.
+std::optional<at::Tensor> pointwise_loss(const at::Tensor& input, const at::Tensor& target,
+                                         const std::optional<at::Tensor>& weight,
+                                         const std::optional<at::Tensor>& pos_weight,
+                                         std::int64_t kind, std::int64_t reduction,
+                                         double parameter);
+
+// The type of the autograd node, so that Python can show its name.
+const std::type_info& backward_node_type();
+
+}  // namespace fusedstep::pointwise_loss

@@ -1,0 +1,89 @@
+// The scalar mathematics of the pointwise losses, written once for the CPU (where V is a vector)
+// and for CUDA (where V is a scalar): a value and its derivative with respect to the input, for one
+// input x, one target t and d = x - t.
+//
+//   l1               |d|                                                sign(d)
+//   mse              d^2                                                2 d
+//   smooth_l1        d^2 / (2 beta)  where |d| < beta                   d / beta
+//                    |d| - beta / 2  elsewhere                          sign(d)
+//   huber            d^2 / 2                  where |d| <= delta        d
+//                    delta (|d| - delta / 2)  elsewhere                 delta sign(d)
+//   bce_with_logits  (1 - t) x + softplus(-x)                           s - t
+//   weighted_bce     (1 - t) x + (1 + (q - 1) t) softplus(-x)           (1 - t + q t) s - q t
+//                    with q = pos_weight, s = sigmoid(x), softplus(y) = log(1 + exp(y))
+//
+// These are the definitions that the torch.nn modules of the same names document; smooth_l1 is that
+// of Girshick, 2015, huber that of Huber, 1964. bce_with_logits is the binary cross-entropy of s,
+// multiplied out so that no exponential is taken of a positive number.
+#pragma once
+
+#include "core/dtype.h"
+
+namespace fusedstep::pointwise_loss {
+
+enum class Kind : int {
+    l1 = 0,
+    mse = 1,
+    smooth_l1 = 2,
+    huber = 3,
+    bce_with_logits = 4,
+    weighted_bce = 5  // bce_with_logits where there is a pos_weight
+};
+
+// The derivative with respect to the target is minus that with respect to the input.
+constexpr bool is_symmetric(Kind kind) {
+    return kind != Kind::bce_with_logits && kind != Kind::weighted_bce;
+}
+
+// What a derivative below still has to be multiplied by: 2 d would overflow where d does not.
+constexpr double derivative_factor(Kind kind) { return kind == Kind::mse ? 2 : 1; }
+
+template <class V>
+struct Point {
+    V loss;
+    V derivative;  // divided by derivative_factor()
+};
+
+// -1, 0 or 1; 0 for NaN, as in torch.
+template <class V>
+FUSEDSTEP_HD V sign(V d) {
+    V const one = V{} + 1;
+    return d > V{} ? one : (d < V{} ? -one : V{});
+}
+
+// Math::exp(x) for x <= 0 and Math::log1p(x) for 0 <= x <= 1. `parameter` is smooth_l1's beta,
+// huber's delta, or weighted_bce's pos_weight of this point.
+template <Kind kind, class Math, class V>
+FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
+    V const zero{};
+    if constexpr (!is_symmetric(kind)) {
+        V const one = zero + 1;
+        V const magnitude = x < zero ? -x : x;
+        V const e = Math::exp(-magnitude);
+        V const softplus = Math::log1p(e) + (x < zero ? -x : zero);
+        V const sigmoid = (x < zero ? e : one) / (one + e);
+        if constexpr (kind == Kind::bce_with_logits) {
+            return {(one - t) * x + softplus, sigmoid - t};
+        }
+        V const weighted = parameter * t;
+        return {(one - t) * x + (one + (parameter - one) * t) * softplus,
+                (one - t + weighted) * sigmoid - weighted};
+    } else {
+        V const d = x - t;
+        V const magnitude = d < zero ? -d : d;
+        if constexpr (kind == Kind::l1) return {magnitude, sign(d)};
+        if constexpr (kind == Kind::mse) return {d * d, d};
+        V const half = zero + 0.5f;
+        if constexpr (kind == Kind::smooth_l1) {
+            return {magnitude < parameter ? half * d * d / parameter : magnitude - half * parameter,
+                    magnitude >= parameter ? sign(d) : d / parameter};
+        }
+        if constexpr (kind == Kind::huber) {
+            return {
+                magnitude <= parameter ? half * d * d : parameter * (magnitude - half * parameter),
+                magnitude >= parameter ? parameter * sign(d) : d};
+        }
+    }
+}
+
+}  // namespace fusedstep::pointwise_loss

@@ -1,0 +1,66 @@
+// The contract between the torch side of this room and its kernels: plain pointers, sizes and
+// strides (in elements), nothing else.
+#pragma once
+
+#include <cstdint>
+
+#include "core/cpu_level.h"
+#include "core/dtype.h"
+#include "pointwise_loss/math.h"
+
+namespace fusedstep::pointwise_loss {
+
+enum class Reduction : int { none = 0, mean = 1, sum = 2 };
+
+inline constexpr int kMaxDims = 8;
+
+// Elements are those of the input in its order in memory; torch.cpp merges dimensions wherever all
+// operands allow, so that one is left in practice.
+struct Operand {
+    void* data;  // read only but for loss and grad; null: not there
+    std::int64_t strides[kMaxDims];
+};
+
+struct Args {
+    Kind kind;
+    double parameter;  // smooth_l1's beta, huber's delta
+    std::int64_t numel;
+    int dims;  // >= 1
+    std::int64_t sizes[kMaxDims];
+    // There is one dimension, along which input, target and gradient have stride 1, and there is
+    // neither weight nor pos_weight.
+    bool adjacent;
+
+    DType dtype;         // of input, grad, weight and pos_weight
+    DType target_dtype;  // dtype, or float32 where that is of 16 bits
+    DType loss_dtype;    // dtype, or float32 where that is of 16 bits
+    Operand input;
+    Operand target;
+    Operand weight;      // multiplies the loss of each element; absent: one
+    Operand pos_weight;  // there for weighted_bce
+    Operand grad;        // the gradient with respect to the input; absent: not wanted
+    Operand loss;        // of each element; absent: reduced
+
+    double gradient_scale;  // multiplies the gradient: 1 / numel for a mean, else 1
+
+    // backward only: gradient of the loss, in grad_output_dtype; strides of 0 where it is one
+    // value.
+    Operand grad_output;
+    DType grad_output_dtype;
+};
+
+// Work is split into chunks of this many elements, whatever the number of threads: that, and a sum
+// over chunks in order, makes the result the same bits for any number of threads.
+inline constexpr std::int64_t kChunk = 16384;
+
+struct CpuKernels {
+    // Computes elements [begin, end) and returns the sum of their losses (0 when loss is there).
+    double (*forward)(const Args&, std::int64_t begin, std::int64_t end);
+    // Writes grad of elements [begin, end) from grad_output.
+    void (*backward)(const Args&, std::int64_t begin, std::int64_t end);
+};
+FUSEDSTEP_DECLARE_LEVELS(CpuKernels)
+
+const CpuKernels& cpu_kernels();
+
+}  // namespace fusedstep::pointwise_loss

@@ -1,0 +1,533 @@
+// The pointwise losses for torch: what is covered, the operators, the autograd node.
+//
+//   fusedstep::pointwise_loss            what users call; covered here, or torch's own op
+//   fusedstep::pointwise_loss_forward    loss, and with it the gradient where it is wanted now
+//   fusedstep::pointwise_loss_backward   the gradient, recomputed from the operands
+//
+// The gradient is computed in the forward pass or in the backward pass: torch_glue/loss.h says
+// when.
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/binary_cross_entropy_with_logits.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/huber_loss.h>
+#include <ATen/ops/l1_loss.h>
+#include <ATen/ops/mse_loss.h>
+#include <ATen/ops/neg.h>
+#include <ATen/ops/smooth_l1_loss.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <mutex>
+#include <numeric>
+#include <tuple>
+#include <utility>
+
+#include "core/compensated_sum.h"
+#include "pointwise_loss/binding.h"
+#include "pointwise_loss/pointwise_loss.h"
+#include "torch_glue/cuda.h"
+#include "torch_glue/gradient_memory.h"
+#include "torch_glue/loss.h"
+#include "torch_glue/node.h"
+#include "torch_glue/plain.h"
+#if defined(FUSEDSTEP_CUDA)
+#include "pointwise_loss/cuda_entry.h"
+#endif
+
+namespace fusedstep::pointwise_loss {
+namespace {
+
+using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+// ---- What is covered ----
+
+// The tensors and numbers of one call.
+struct Call {
+    Tensor input;
+    Tensor target;
+    OptionalTensor weight;
+    OptionalTensor pos_weight;
+    Kind kind;
+    Reduction reduction;
+    double parameter;
+
+    bool is_reduced() const { return reduction != Reduction::none; }
+};
+
+bool covers_tensor(const Tensor& tensor, const Tensor& input) {
+    return tensor.device() == input.device() && is_plain_strided(tensor) &&
+           !torch::autograd::isFwGradDefined(tensor);
+}
+
+// A weight or pos_weight, constant and to be expanded to the shape of the input.
+bool covers_factor(const OptionalTensor& factor, const Tensor& input) {
+    return !is_given(factor) ||
+           (covers_tensor(*factor, input) && !factor->requires_grad() &&
+            factor->scalar_type() == input.scalar_type() && !factor->is_meta() &&
+            !is_symbolic(*factor) && at::is_expandable_to(factor->sizes(), input.sizes()));
+}
+
+// The dtype of the loss, or nothing where the kernels do not cover the call. Decides from metadata
+// alone.
+std::optional<at::ScalarType> covered_loss_type(const Call& call) {
+    const auto& [input, target, weight, pos_weight, kind, reduction, parameter] = call;
+    if (!has_kernels(input) || in_functorch() || !covers_tensor(input, input) ||
+        !covers_tensor(target, input) || input.dim() > kMaxDims ||
+        input.sym_sizes() != target.sym_sizes()) {
+        return std::nullopt;
+    }
+    if (static_cast<int>(reduction) < 0 || static_cast<int>(reduction) > 2) return std::nullopt;
+    bool const has_parameter = kind == Kind::smooth_l1 || kind == Kind::huber;
+    if (has_parameter && !(parameter > 0)) return std::nullopt;
+    bool const has_factors = is_given(weight) || is_given(pos_weight);
+    if (has_factors && kind != Kind::bce_with_logits) return std::nullopt;
+    if (!covers_factor(weight, input) || !covers_factor(pos_weight, input)) return std::nullopt;
+    if (target.requires_grad() &&
+        (!is_symmetric(kind) || target.scalar_type() != input.scalar_type())) {
+        return std::nullopt;
+    }
+    at::ScalarType const type = input.scalar_type();
+    if (!kernel_dtype(type)) return std::nullopt;
+    bool const widened = is_narrow(type) && in_autocast(input);
+    bool const mixed = widened && target.scalar_type() == at::kFloat;
+    if (target.scalar_type() != type && !mixed) return std::nullopt;
+    return widened ? at::kFloat : type;
+}
+
+// ---- Kernel arguments ----
+
+// The operands as a kernel wants them: dimensions in the order of the input's memory, merged
+// wherever all operands allow it.
+struct KernelArgs {
+    Args args{};
+
+    KernelArgs(const Call& call, const Tensor& loss, const Tensor& grad,
+               const Tensor& grad_output) {
+        const Tensor& input = call.input;
+        check(call, loss, grad_output);
+        args.kind = is_given(call.pos_weight) ? Kind::weighted_bce : call.kind;
+        args.parameter = call.parameter;
+        args.numel = input.numel();
+        args.dtype = *kernel_dtype(input.scalar_type());
+        args.target_dtype = *kernel_dtype(call.target.scalar_type());
+        args.gradient_scale =
+            call.reduction == Reduction::mean ? 1.0 / static_cast<double>(args.numel) : 1.0;
+
+        std::array<std::pair<Operand*, Tensor>, 7> operands{
+            {{&args.input, input},
+             {&args.target, call.target},
+             {&args.weight, is_given(call.weight) ? call.weight->expand_as(input) : Tensor()},
+             {&args.pos_weight,
+              is_given(call.pos_weight) ? call.pos_weight->expand_as(input) : Tensor()},
+             {&args.grad, grad},
+             {&args.loss, loss},
+             {&args.grad_output, grad_output}}};
+        for (auto& [operand, tensor] : operands) {
+            if (tensor.defined()) operand->data = const_cast<void*>(tensor.const_data_ptr());
+        }
+        if (loss.defined()) args.loss_dtype = *kernel_dtype(loss.scalar_type());
+        if (grad_output.defined()) {
+            args.grad_output_dtype = *kernel_dtype(grad_output.scalar_type());
+        }
+
+        std::array<std::int64_t, kMaxDims> order{};
+        std::iota(order.begin(), order.begin() + input.dim(), 0);
+        std::stable_sort(
+            order.begin(), order.begin() + input.dim(),
+            [&](std::int64_t a, std::int64_t b) { return input.stride(a) > input.stride(b); });
+        for (std::int64_t i = 0; i < input.dim(); ++i) {
+            std::int64_t const d = order[static_cast<std::size_t>(i)];
+            std::int64_t const size = input.size(d);
+            if (size == 1) continue;
+            bool merge = args.dims > 0;
+            for (const auto& [operand, tensor] : operands) {
+                merge = merge && (!tensor.defined() ||
+                                  operand->strides[args.dims - 1] == size * tensor.stride(d));
+            }
+            if (!merge) ++args.dims;
+            int const last = args.dims - 1;
+            args.sizes[last] = merge ? args.sizes[last] * size : size;
+            for (const auto& [operand, tensor] : operands) {
+                if (tensor.defined()) operand->strides[last] = tensor.stride(d);
+            }
+        }
+        if (args.dims == 0) {  // one element
+            args.dims = 1;
+            args.sizes[0] = 1;
+            for (const auto& [operand, tensor] : operands) operand->strides[0] = 1;
+            if (grad_output.defined()) args.grad_output.strides[0] = 0;
+        }
+        auto const adjacent = [](const Operand& operand) {
+            return !operand.data || operand.strides[0] == 1;
+        };
+        args.adjacent = args.dims == 1 && adjacent(args.input) && adjacent(args.target) &&
+                        adjacent(args.grad) && !args.weight.data && !args.pos_weight.data;
+    }
+
+private:
+    // The operators can be called without what pointwise_loss() checks first.
+    static void check(const Call& call, const Tensor& loss, const Tensor& grad_output) {
+        const Tensor& input = call.input;
+        at::ScalarType const type = input.scalar_type();
+        TORCH_CHECK(input.sizes() == call.target.sizes() && input.dim() <= kMaxDims,
+                    "pointwise_loss: target of shape ", call.target.sizes(),
+                    " does not fit input of shape ", input.sizes());
+        auto const fits = [&](const Tensor& tensor, bool may_be_wider) {
+            return !tensor.defined() ||
+                   (tensor.device() == input.device() &&
+                    (tensor.scalar_type() == type ||
+                     (may_be_wider && tensor.scalar_type() == accumulate_type(type))));
+        };
+        TORCH_CHECK(kernel_dtype(type) && fits(call.target, true) && fits(loss, true) &&
+                        fits(grad_output, true) && fits(call.weight.value_or(Tensor()), false) &&
+                        fits(call.pos_weight.value_or(Tensor()), false),
+                    "pointwise_loss: dtypes or devices do not fit input of dtype ", type);
+    }
+};
+
+struct Outputs {
+    Tensor loss;
+    Tensor grad;  // undefined where it is not wanted
+
+    Outputs(const Call& call, at::ScalarType loss_dtype, Tensor grad_)
+        : loss(call.is_reduced()
+                   ? at::empty({}, call.input.options().dtype(loss_dtype))
+                   : at::empty_like(call.input, call.input.options().dtype(loss_dtype))),
+          grad(std::move(grad_)) {}
+    std::tuple<Tensor, Tensor> tuple(const Call& call) const {
+        return {loss, grad.defined() ? grad : at::empty({0}, call.input.options())};
+    }
+};
+
+Call make_call(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+               const OptionalTensor& pos_weight, std::int64_t kind, std::int64_t reduction,
+               double parameter) {
+    return {input,
+            target,
+            weight,
+            pos_weight,
+            static_cast<Kind>(kind),
+            static_cast<Reduction>(reduction),
+            parameter};
+}
+
+// ---- CPU ----
+
+std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target,
+                                       const OptionalTensor& weight,
+                                       const OptionalTensor& pos_weight, std::int64_t kind,
+                                       std::int64_t reduction, double parameter,
+                                       at::ScalarType loss_dtype, bool with_grad) {
+    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
+    Outputs const out(call, loss_dtype, with_grad ? empty_gradient(input) : Tensor());
+    KernelArgs const kernel(call, call.is_reduced() ? Tensor() : out.loss, out.grad, Tensor());
+    const Args& args = kernel.args;
+    c10::SmallVector<double, 64> sums((args.numel + kChunk - 1) / kChunk);
+    for_each_chunk(args.numel, kChunk,
+                   [&](std::int64_t chunk, std::int64_t begin, std::int64_t end) {
+                       sums[chunk] = cpu_kernels().forward(args, begin, end);
+                   });
+    if (call.is_reduced()) {
+        CompensatedSum total;
+        for (double sum : sums) total.add(sum);
+        write_scalar(out.loss, 0, total.total() * args.gradient_scale);
+    }
+    return out.tuple(call);
+}
+
+// A grad_output of the shape of a loss, as a kernel reads it: expanded where it is one value.
+Tensor upstream_for(const Call& call, const Tensor& grad_output) {
+    TORCH_CHECK(grad_output.numel() == 1 || grad_output.sizes() == call.input.sizes(),
+                "grad_output of shape ", grad_output.sizes(), " does not fit input of shape ",
+                call.input.sizes());
+    return grad_output.expand(call.input.sizes());
+}
+
+Tensor backward_cpu(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                    const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                    std::int64_t kind, std::int64_t reduction, double parameter) {
+    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
+    Tensor const grad = empty_gradient(input);
+    KernelArgs const kernel(call, Tensor(), grad, upstream_for(call, grad_output));
+    for_each_chunk(kernel.args.numel, kChunk,
+                   [&](std::int64_t, std::int64_t begin, std::int64_t end) {
+                       cpu_kernels().backward(kernel.args, begin, end);
+                   });
+    return grad;
+}
+
+// ---- CUDA: one launch each way, no synchronisation ----
+
+#if defined(FUSEDSTEP_CUDA)
+
+std::tuple<Tensor, Tensor> forward_cuda(const Tensor& input, const Tensor& target,
+                                        const OptionalTensor& weight,
+                                        const OptionalTensor& pos_weight, std::int64_t kind,
+                                        std::int64_t reduction, double parameter,
+                                        at::ScalarType loss_dtype, bool with_grad) {
+    CudaGuard const guard(input.device());
+    const DeviceLimits& limits = device_limits(input.device());
+    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
+    Outputs const out(call, loss_dtype, with_grad ? at::empty_like(input) : Tensor());
+    KernelArgs kernel(call, call.is_reduced() ? Tensor() : out.loss, out.grad, Tensor());
+    kernel.args.loss_dtype = *kernel_dtype(loss_dtype);
+    Tensor const totals = at::empty({call.is_reduced() ? max_blocks(kernel.args, limits) : 0},
+                                    input.options().dtype(at::kDouble));
+    ForwardArgs const args{kernel.args, call.is_reduced() ? out.loss.mutable_data_ptr() : nullptr,
+                           static_cast<double*>(totals.mutable_data_ptr())};
+    check_launch(forward(args, limits, current_stream(input.device())), "pointwise_loss");
+    return out.tuple(call);
+}
+
+// Writes the gradient. Where it is the one for a grad_output of 1 already, nothing happens if that
+// is what grad_output is.
+void write_backward_cuda(const Call& call, const Tensor& grad_output, const Tensor& grad,
+                         bool keep_if_one) {
+    CudaGuard const guard(grad.device());
+    KernelArgs const kernel(call, Tensor(), grad, upstream_for(call, grad_output));
+    BackwardArgs const args{kernel.args, keep_if_one};
+    check_launch(backward(args, device_limits(grad.device()), current_stream(grad.device())),
+                 "pointwise_loss_backward");
+}
+
+Tensor backward_cuda(const Tensor& grad_output, const Tensor& input, const Tensor& target,
+                     const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                     std::int64_t kind, std::int64_t reduction, double parameter) {
+    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
+    Tensor const grad = at::empty_like(input);
+    write_backward_cuda(call, grad_output, grad, /*keep_if_one=*/false);
+    return grad;
+}
+
+#endif
+
+// ---- Operators ----
+
+const auto& forward_op() {
+    static auto const op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fusedstep::pointwise_loss_forward", "")
+                               .typed<decltype(forward_cpu)>();
+    return op;
+}
+
+const auto& backward_op() {
+    static auto const op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("fusedstep::pointwise_loss_backward", "")
+                               .typed<decltype(backward_cpu)>();
+    return op;
+}
+
+Tensor torch_loss(const Call& call) {
+    auto const reduction = static_cast<std::int64_t>(call.reduction);
+    switch (call.kind) {
+        case Kind::l1:
+            return at::l1_loss(call.input, call.target, reduction);
+        case Kind::mse:
+            return at::mse_loss(call.input, call.target, reduction);
+        case Kind::smooth_l1:
+            return at::smooth_l1_loss(call.input, call.target, reduction, call.parameter);
+        case Kind::huber:
+            return at::huber_loss(call.input, call.target, reduction, call.parameter);
+        case Kind::bce_with_logits:
+        case Kind::weighted_bce:
+            break;
+    }
+    return at::binary_cross_entropy_with_logits(call.input, call.target, call.weight,
+                                                call.pos_weight, reduction);
+}
+
+// ---- Autograd ----
+
+// A tensor that may not be there, saved for backward.
+struct SavedOptional {
+    SavedVariable saved;
+    bool given = false;
+
+    void save(const OptionalTensor& tensor) {
+        given = is_given(tensor);
+        if (given) saved = SavedVariable(*tensor, /*is_output=*/false);
+    }
+    OptionalTensor unpack() const { return given ? OptionalTensor(saved.unpack()) : std::nullopt; }
+};
+
+struct PointwiseLossBackward0 final : torch::autograd::Node {
+    SavedVariable input;
+    SavedVariable target;
+    SavedOptional weight;
+    SavedOptional pos_weight;
+    std::int64_t kind = 0;
+    std::int64_t reduction = 0;
+    double parameter = 0;
+    at::ScalarType loss_dtype = at::kFloat;
+    bool symbolic = false;
+    Tensor grad;  // for a grad_output of 1; undefined where it is recomputed
+
+    std::string name() const override { return "PointwiseLossBackward0"; }
+
+    void release_variables() override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        input.reset_data();
+        target.reset_data();
+        weight.saved.reset_data();
+        pos_weight.saved.reset_data();
+        grad = Tensor();
+        released_ = true;
+    }
+
+    variable_list apply(variable_list&& grad_outputs) override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+        const Tensor& grad_output = grad_outputs[0];
+        bool const of_input = task_should_compute_output(0);
+        bool const of_target = task_should_compute_output(1);
+        if (!grad_output.defined() || !(of_input || of_target)) return {Tensor(), Tensor()};
+        if (c10::GradMode::is_enabled()) return differentiable(grad_output, of_input, of_target);
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        Tensor result = grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
+                                       : recomputed(grad_output);
+        if (!of_target) return {std::move(result), Tensor()};
+        if (!of_input) return {Tensor(), result.neg_()};  // never what is saved
+        Tensor opposite = at::neg(result);
+        return {std::move(result), std::move(opposite)};
+    }
+
+    Tensor recomputed(const Tensor& grad_output) {
+        return backward_op().call(grad_output, input.unpack(), target.unpack(), weight.unpack(),
+                                  pos_weight.unpack(), kind, reduction, parameter);
+    }
+
+#if defined(FUSEDSTEP_CUDA)
+    void recompute_into(const Tensor& result, const Tensor& grad_output) {
+        write_backward_cuda(saved_call(), grad_output, result, /*keep_if_one=*/true);
+    }
+#endif
+
+private:
+    bool released_ = false;
+
+    Call saved_call() const {
+        return make_call(input.unpack(), target.unpack(), weight.unpack(), pos_weight.unpack(),
+                         kind, reduction, parameter);
+    }
+
+    // The same gradients as differentiable functions of the operands and grad_output: torch's ops.
+    variable_list differentiable(const Tensor& grad_output, bool of_input, bool of_target) {
+        Call const saved = saved_call();
+        Call call = saved;
+        call.input = saved.input.to(loss_dtype);
+        call.target = saved.target.to(loss_dtype);
+        if (call.weight) call.weight = call.weight->to(loss_dtype);
+        if (call.pos_weight) call.pos_weight = call.pos_weight->to(loss_dtype);
+        variable_list wanted;
+        if (of_input) wanted.push_back(saved.input);
+        if (of_target) wanted.push_back(saved.target);
+        variable_list grads = torch::autograd::grad({torch_loss(call)}, wanted, {grad_output},
+                                                    /*retain_graph=*/true, /*create_graph=*/true);
+        variable_list result(2);
+        if (of_target) result[1] = grads.back();
+        if (of_input) result[0] = grads.front();
+        return result;
+    }
+};
+
+Tensor fused(const Call& call, at::ScalarType loss_dtype) {
+    bool const with_grad =
+        c10::GradMode::is_enabled() && (call.input.requires_grad() || call.target.requires_grad());
+    bool const symbolic = is_symbolic(call.input) || in_dispatch_mode();
+    bool const grad_now =
+        with_grad && gradient_in_forward(call.input.scalar_type(), call.is_reduced(), symbolic);
+    auto const kind = static_cast<std::int64_t>(call.kind);
+    auto const reduction = static_cast<std::int64_t>(call.reduction);
+    auto [loss, grad] = [&] {
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return forward_op().call(call.input, call.target, call.weight, call.pos_weight, kind,
+                                 reduction, call.parameter, loss_dtype, grad_now);
+    }();
+    if (with_grad) {
+        auto node = make_node<PointwiseLossBackward0>();
+        node->set_next_edges(torch::autograd::collect_next_edges(call.input, call.target));
+        node->input = SavedVariable(call.input, /*is_output=*/false);
+        node->target = SavedVariable(call.target, /*is_output=*/false);
+        node->weight.save(call.weight);
+        node->pos_weight.save(call.pos_weight);
+        node->kind = kind;
+        node->reduction = reduction;
+        node->parameter = call.parameter;
+        node->loss_dtype = loss_dtype;
+        node->symbolic = symbolic;
+        if (grad_now) node->grad = std::move(grad);
+        torch::autograd::set_history(loss, node);
+    }
+    return loss;
+}
+
+Tensor pointwise_loss_op(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                         const OptionalTensor& pos_weight, std::int64_t kind,
+                         std::int64_t reduction, double parameter) {
+    TORCH_CHECK(kind >= 0 && kind <= static_cast<int>(Kind::bce_with_logits),
+                "pointwise_loss: there is no kind ", kind);
+    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
+    auto const loss_dtype = covered_loss_type(call);
+    return loss_dtype ? fused(call, *loss_dtype) : torch_loss(call);
+}
+
+}  // namespace
+
+OptionalTensor pointwise_loss(const Tensor& input, const Tensor& target,
+                              const OptionalTensor& weight, const OptionalTensor& pos_weight,
+                              std::int64_t kind, std::int64_t reduction, double parameter) {
+    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
+    auto const loss_dtype = covered_loss_type(call);
+    if (!loss_dtype) return std::nullopt;
+    return fused(call, *loss_dtype);
+}
+
+const std::type_info& backward_node_type() { return typeid(PointwiseLossBackward0); }
+
+TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
+    m.set_python_module("fusedstep.fakes");
+    m.def(
+        "pointwise_loss(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, int kind, "
+        "int reduction, float parameter) -> Tensor",
+        pointwise_loss_op);
+    m.def(
+        "pointwise_loss_forward(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, "
+        "int kind, int reduction, float parameter, ScalarType loss_dtype, bool with_grad) -> "
+        "(Tensor loss, Tensor grad)");
+    m.def(
+        "pointwise_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
+        "Tensor? pos_weight, int kind, int reduction, float parameter) -> Tensor");
+}
+
+#if !defined(FUSEDSTEP_EMULATED_CUDA)
+TORCH_LIBRARY_IMPL(fusedstep, CPU, m) {
+    m.impl("pointwise_loss_forward", forward_cpu);
+    m.impl("pointwise_loss_backward", backward_cpu);
+}
+#endif
+
+#if defined(FUSEDSTEP_CUDA)
+TORCH_LIBRARY_IMPL(fusedstep, FUSEDSTEP_CUDA_KEY, m) {
+    m.impl("pointwise_loss_forward", forward_cuda);
+    m.impl("pointwise_loss_backward", backward_cuda);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(fusedstep, Autograd, m) {
+    m.impl("pointwise_loss_forward", torch::autograd::autogradNotImplementedFallback());
+    m.impl("pointwise_loss_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace fusedstep::pointwise_loss

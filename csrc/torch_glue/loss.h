@@ -1,0 +1,133 @@
+// What the losses' torch files share: values on the CPU, chunks of work, and what becomes of a
+// gradient that the forward pass has computed.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/mul.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <utility>
+
+#include "core/dtype.h"
+#include "torch_glue/cuda.h"
+#include "torch_glue/plain.h"
+#if defined(FUSEDSTEP_CUDA)
+#include "core/cuda_scale.h"
+#endif
+
+namespace fusedstep {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline bool is_given(const OptionalTensor& tensor) {
+    return tensor.has_value() && tensor->defined();
+}
+
+// On a device that this build has kernels for; of a fake tensor too.
+inline bool has_kernels(const at::Tensor& tensor) {
+#if defined(FUSEDSTEP_CUDA)
+    if (is_cuda(tensor)) return true;
+#endif
+    return tensor.is_cpu() || tensor.is_meta();
+}
+
+inline bool is_narrow(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
+
+// Whether autocast widens 16-bit tensors of this device before a loss.
+inline bool in_autocast(const at::Tensor& tensor) {
+    return !tensor.is_meta() && at::autocast::is_autocast_enabled(tensor.device().type());
+}
+
+// ---- Values of tensors on the CPU ----
+
+inline void write_scalar(const at::Tensor& tensor, std::int64_t index, double value) {
+    dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        static_cast<T*>(tensor.mutable_data_ptr())[index] =
+            from_acc<T>(static_cast<acc_t<T>>(value));
+    });
+}
+
+inline double read_scalar(const at::Tensor& tensor, std::int64_t index) {
+    return dispatch(*kernel_dtype(tensor.scalar_type()), [&](auto tag) -> double {
+        using T = typename decltype(tag)::type;
+        return to_acc(static_cast<const T*>(tensor.const_data_ptr())[index]);
+    });
+}
+
+// Calls f(chunk, begin, end) for every chunk of [0, n), in parallel where there is enough work.
+template <class F>
+void for_each_chunk(std::int64_t n, std::int64_t chunk_size, const F& f) {
+    constexpr std::int64_t kChunksPerTask = 4;
+    std::int64_t const chunks = (n + chunk_size - 1) / chunk_size;
+    at::parallel_for(0, chunks, kChunksPerTask, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t chunk = begin; chunk < end; ++chunk) {
+            f(chunk, chunk * chunk_size, std::min(n, (chunk + 1) * chunk_size));
+        }
+    });
+}
+
+// ---- A gradient that the forward pass has computed ----
+
+// Whether it is: with reduction "mean" or "sum", while what it is made of is in cache. It is left
+// to the backward pass where that rounds less or moves fewer bytes: reduction "none" (each element
+// has its own grad_output), float16 (an unscaled gradient underflows: loss scaling must act before
+// rounding), and 16 bits in a traced program, whose backward cannot look at grad_output.
+inline bool gradient_in_forward(at::ScalarType type, bool reduced, bool symbolic) {
+    return reduced && type != at::kHalf && !(symbolic && is_narrow(type));
+}
+
+inline bool is_power_of_two(double value) {
+    int exponent = 0;
+    return std::abs(std::frexp(value, &exponent)) == 0.5;
+}
+
+// `grad`, the gradient for a grad_output of 1, times grad_output; bfloat16 is computed anew where a
+// second rounding would show. What is saved is handed over, and changed in place, only when this
+// graph is about to be freed: a second backward must find it.
+//
+// Node::recomputed(grad_output) computes the gradient into new memory; on CUDA, where nobody can
+// look at grad_output, Node::recompute_into(grad, grad_output) does it in place unless that is 1.
+template <class Node>
+at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_output,
+                           bool symbolic) {
+    if (symbolic || is_symbolic(grad_output) || is_wrapped(grad_output) || in_functorch() ||
+        in_dispatch_mode()) {
+        return at::mul(grad, grad_output).to(grad.scalar_type());
+    }
+    bool const keep = torch::autograd::get_current_graph_task_keep_graph();
+    bool const narrow = is_narrow(grad.scalar_type());
+#if defined(FUSEDSTEP_CUDA)
+    if (is_cuda(grad)) {
+        if (keep) return narrow ? node.recomputed(grad_output) : at::mul(grad, grad_output);
+        at::Tensor const result = std::move(grad);
+        if (narrow) {
+            node.recompute_into(result, grad_output);
+        } else {
+            CudaGuard const guard(result.device());
+            ScaleArgs const args{result.mutable_data_ptr(), result.numel(),
+                                 *kernel_dtype(result.scalar_type()), grad_output.const_data_ptr(),
+                                 *kernel_dtype(grad_output.scalar_type())};
+            check_launch(
+                scale(args, device_limits(result.device()), current_stream(result.device())),
+                "a loss's backward");
+        }
+        return result;
+    }
+#endif
+    double const factor = read_scalar(grad_output, 0);
+    if (factor == 1.0) return keep ? grad.clone() : std::move(grad);
+    if (narrow && !is_power_of_two(factor)) {
+        if (!keep) grad = at::Tensor();  // its memory is free before another gradient is made
+        return node.recomputed(grad_output);
+    }
+    return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
+}
+
+}  // namespace fusedstep

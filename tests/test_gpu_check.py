@@ -1,0 +1,152 @@
+"""The plumbing of `make gpu-check`, with stand-ins for what needs a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpu import check
+from gpu.check import Part
+from test_layering import ROOT
+
+CHECK = [sys.executable, str(ROOT / "tests" / "gpu" / "check.py")]
+
+
+def says(name: str, code: str, seconds: float = 60) -> Part:
+    return Part(name, [sys.executable, "-c", code], seconds)
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([*CHECK, str(tmp_path)], env=hidden, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "needs a CUDA GPU" in result.stdout
+    assert len(result.stdout.splitlines()) == 1
+    assert not result.stderr
+
+
+def test_a_part_that_ends_is_told_by_its_status_and_its_log(tmp_path: Path) -> None:
+    good = check.run(says("good", "print('3 passed in 0.10s')"), tmp_path)
+    assert (good.passed, good.note) == (True, "3 passed in 0.10s")
+    bad = check.run(says("bad", "import sys; print('first'); sys.exit('it broke')"), tmp_path)
+    assert (bad.passed, bad.note) == (False, "exit status 1: it broke")
+    assert (tmp_path / "bad.log").read_text() == "first\nit broke\n"
+
+
+def test_a_part_that_is_not_there_fails(tmp_path: Path) -> None:
+    outcome = check.run(Part("absent", [str(tmp_path / "no-such-program")], 60), tmp_path)
+    assert not outcome.passed
+    assert "no-such-program" in outcome.note
+
+
+def test_a_part_that_runs_too_long_ends_with_all_it_started(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    child = f"import pathlib, time; time.sleep(2); pathlib.Path({str(mark)!r}).touch()"
+    code = (
+        "import subprocess, sys; print('begun', flush=True); "
+        f"subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    outcome = check.run(says("slow", code, seconds=0.7), tmp_path)
+    assert not outcome.passed
+    assert outcome.note == "stopped after 1 s: begun"
+    time.sleep(2)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        ("collected\n=== 1 failed, 9 passed in 3.21s ===\n", "1 failed, 9 passed in 3.21s"),
+        ("9 passed, 2 skipped in 61.00s (0:01:01)\n", "9 passed, 2 skipped in 61.00s (0:01:01)"),
+        ("========= ERROR SUMMARY: 0 errors\n", "ERROR SUMMARY: 0 errors"),
+        (
+            "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n",
+            "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)",
+        ),
+        (
+            "========= Error: Device not supported. Details\n========= ERROR SUMMARY: 1 error\n",
+            "========= Error: Device not supported. Details",
+        ),
+        ("one\ntwo\n\n", "two"),
+        ("", "no output"),
+    ],
+)
+def test_the_telling_line_of_a_log(log: str, line: str) -> None:
+    assert check.telling_line(log) == line
+
+
+def test_a_refused_sanitizer_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub = tmp_path / "compute-sanitizer"
+    stub.write_text('#!/bin/sh\necho "========= Error: Device not supported"\nexit 1\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    part = check.sanitizer("memcheck")
+    assert part.command[0] == str(stub)
+    outcome = check.run(part, tmp_path)
+    assert outcome.note == "exit status 1: ========= Error: Device not supported"
+
+
+def test_initcheck_watches_every_kernel() -> None:
+    assert "--kernel-name" in check.sanitizer("racecheck").command
+    assert "--kernel-name" not in check.sanitizer("initcheck").command
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that need no GPU, of which the tests and one sanitizer fail."""
+    monkeypatch.setattr(check, "build", lambda cards: says("build", f"print({list(cards)!r})"))
+    monkeypatch.setattr(check, "tests", lambda: says("tests", "raise SystemExit('1 failed in 1s')"))
+    monkeypatch.setattr(
+        check, "sanitizer", lambda tool: says(tool, f"raise SystemExit({tool == 'initcheck'})")
+    )
+    monkeypatch.setattr(check, "info", lambda: says("info", "print('the facts')"))
+    monkeypatch.setattr(
+        check, "benchmarks", lambda out, seconds: says("benchmarks", "print('the table')", seconds)
+    )
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_failing_part_stops_no_other_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.check(tmp_path, ["8.0", "9.0"]) == 1
+    parts = ["build", "tests", *check.SANITIZERS, "info", "benchmarks"]
+    assert {path.stem for path in tmp_path.glob("*.log")} == set(parts)
+    summary = (tmp_path / "summary.txt").read_text()
+    printed = capsys.readouterr().out
+    assert printed.endswith(summary)
+    assert "the table" in printed
+    assert "the facts" in printed
+    *rows, last = summary.splitlines()
+    assert [row.split()[0] for row in rows] == parts
+    assert [row.split()[0] for row in rows if "FAILED" in row] == ["tests", "initcheck"]
+    assert "['8.0', '9.0']" in rows[0]
+    assert last == f"failed: tests, initcheck; logs are in {tmp_path}"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_all_parts_passing_is_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "tests", lambda: says("tests", ""))
+    monkeypatch.setattr(check, "sanitizer", lambda tool: says(tool, ""))
+    assert check.check(tmp_path, ["9.0"]) == 0
+    assert "everything passed" in (tmp_path / "summary.txt").read_text()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_nothing_runs_on_a_build_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "build", lambda cards: says("build", "raise SystemExit('no nvcc')"))
+    assert check.check(tmp_path, ["9.0"]) == 1
+    assert [path.name for path in tmp_path.glob("*.log")] == ["build.log"]
+    assert "exit status 1: no nvcc" in (tmp_path / "summary.txt").read_text()
+
+
+def test_the_parts_fit_into_nine_minutes() -> None:
+    longest = check.BUILD + max(check.TESTS, check.SANITIZER) + check.info().seconds
+    assert longest + check.BENCHMARKS_AT_LEAST <= check.WHOLE < 540
