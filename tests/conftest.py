@@ -8,7 +8,6 @@ cuda`` tests them on a card: what a test makes without naming a device lies ther
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 import zlib
@@ -62,17 +61,17 @@ def use_emulated_package(config: pytest.Config) -> None:
 
     is_worker = hasattr(config, "workerinput")
     try:
-        folder = build.OUT if is_worker else build.build_package()
+        if not is_worker:  # whose controller has built it
+            build.build_package()
     except RuntimeError as error:
         raise pytest.UsageError(str(error)) from error
-    sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(folder), os.environ.get("PYTHONPATH")])
-    )
+    paths = [str(build.OUT), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    sys.path.insert(0, str(build.OUT))
     import fusedstep
 
     library = Path(fusedstep._C.__file__)
-    if not library.is_relative_to(folder):
+    if not library.is_relative_to(build.OUT):
         raise pytest.UsageError(f"the emulated fusedstep should be imported, not {library}")
     config.stash[EMULATED] = Emulator(library)
 
@@ -136,7 +135,7 @@ def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def launches(request: pytest.FixtureRequest) -> Launches:
-    """Records the names of fusedstep's kernels that are launched inside ``with launches() as list``.
+    """``with launches() as kernels`` lists the names of fusedstep's kernels launched inside.
 
     The list is complete behind the block. A test that asks for it is skipped on the CPU.
     """
@@ -185,19 +184,22 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if config.getoption("--device") != "emulator":
-        return
-    for module, launched in sorted(launched_by_module.items()):
-        terminalreporter.write_line(f"{module}: {launched} launches on the emulator")
-    for module in idle_modules():
-        terminalreporter.write_line(f"ERROR {module} launched no kernel", red=True)
+    if config.getoption("--device") == "emulator":
+        for module, launched in sorted(launched_by_room().items()):
+            terminalreporter.write_line(f"{module}: {launched} launches on the emulator")
+        for module in idle_modules():
+            terminalreporter.write_line(f"ERROR {module} launched no kernel", red=True)
+
+
+def launched_by_room() -> dict[str, int]:
+    """What the files of tests of a room launched."""
+    rooms = {path.parent.name for path in (Path(__file__).parents[1] / "csrc").glob("*/torch.cpp")}
+    return {
+        f"test_{r}.py": n
+        for r in rooms
+        if (n := launched_by_module.get(f"test_{r}.py")) is not None
+    }
 
 
 def idle_modules() -> list[str]:
-    """The files of tests of a room that ran and launched nothing."""
-    rooms = {path.parent.name for path in (Path(__file__).parents[1] / "csrc").glob("*/torch.cpp")}
-    return [
-        module
-        for module, launched in launched_by_module.items()
-        if launched == 0 and re.fullmatch(rf"test_({'|'.join(rooms)})\.py", module)
-    ]
+    return [module for module, launched in launched_by_room().items() if launched == 0]

@@ -4,13 +4,17 @@ do. The kernels are in tests/emulator."""
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
 from emulator import Emulator, build
 
 HERE = Path(build.__file__).parent
@@ -23,7 +27,7 @@ FAULTS = {
     "write_in_front": "out of bounds: write of 4 bytes at .*, 4 bytes in front of device memory",
     "read_across_the_end": "out of bounds: read of 4 bytes",
     "copy_a_struct_across_the_end": "out of bounds: read of (4|20) bytes",
-    "atomic_behind": "out of bounds: write of 4 bytes at .*, 0 bytes behind device memory",
+    "atomic_behind": "out of bounds: atomic access of 4 bytes at .*, 0 bytes behind device memory",
     "read_null": "out of bounds: read of 4 bytes at 0, far from device memory",
     "read_host_memory": "out of bounds: read of 4 bytes at .*, far from device memory",
     "write_constant": "out of bounds: write of 4 bytes at .*, far from device memory",
@@ -44,7 +48,10 @@ FAULTS = {
     "write_before_all_have_read": "race: shared memory",
     "two_writers": "race: shared memory .*: write",
     "two_writers_of_one_byte": "race: shared memory .*: write of 1 bytes",
+    "atomic_and_ordinary_write": "race: shared memory .*: (atomic access|write)",
     "declared_twice": "shared memory declared twice",
+    "copy_that_nobody_waited_for": "shared memory that was never written",
+    "misaligned_copy": "misaligned copy",
     "read_of_the_cluster_without_barrier": "race|never written|out of bounds of shared",
     "read_of_a_block_that_has_ended": "shared memory of a block that has ended",
     "rank_beyond_the_cluster": "map_shared_rank",
@@ -66,11 +73,10 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
+def emulator() -> Emulator:
     """The planted faults and the primitives, in a library without torch."""
     library = build.OUT / "kernels.so"
-    with build.locked(library):
-        build.build_program([*PLANTED, HERE / "primitives.cu"], library, ["-shared"])
+    build.build_program([*PLANTED, HERE / "primitives.cu"], library, ["-shared"])
     emulator = Emulator(library)
     emulator.library.error_name.restype = ctypes.c_char_p
     emulator.library.new_memory.restype = ctypes.c_void_p
@@ -102,7 +108,7 @@ def test_fault_is_found(name: str, emulator: Emulator) -> None:
         emulator.seed(seed)
         said = result_of(emulator, name, faulty=True)
         assert re.search(FAULTS[name], said), said
-        assert re.search(rf"block \(\d, 0, 0\), thread \(\d+, 0, 0\) in .*\b{name}<true>", said)
+        assert re.search(rf"block \(\d, 0, 0\), thread \(\d+, 0, 0\) of .*\b{name}<true>", said)
         assert re.search(r"\.cu:\d+", said)
 
 
@@ -146,13 +152,9 @@ def shuffled(kind: int, values: Sequence[Any], operands: Sequence[int], width: i
     result = []
     for lane, operand in enumerate(operands):
         first = lane // width * width
-        source, present = {
-            0: lambda: (first + operand % width, True),
-            1: lambda: (lane - operand, lane - operand >= first),
-            2: lambda: (lane + operand, lane + operand < first + width),
-            3: lambda: (lane ^ operand, (lane ^ operand) < first + width),
-        }[kind]()
-        result.append(values[source if present else lane])
+        source = (first + operand % width, lane - operand, lane + operand, lane ^ operand)[kind]
+        inside = source >= first if kind == 1 else source < first + width
+        result.append(values[source if inside else lane])
     return result
 
 
@@ -347,3 +349,21 @@ def test_launches_are_recorded_by_name(emulator: Emulator) -> None:
         emulator.library.run_nothing(0, 1, 1, False, 0)
         result_of(emulator, "two_writers", faulty=True)
     assert kernels == ["primitives::nothing()", "void planted::two_writers<true>(float*)"]
+
+
+# ------------------------------------------------------------------ the tests of the rooms
+
+
+def test_a_run_that_launches_nothing_fails(pytestconfig: pytest.Config) -> None:
+    """Tests that pass without the CUDA code that they are run for prove nothing."""
+    if pytestconfig.getoption("--device") != "emulator":
+        pytest.skip("needs the emulated package")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--device", "emulator"]
+    tests = Path(__file__).parent / "test_sgd.py"
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("PYTEST")}
+    for test, code in (("worked_numbers", 1), ("fifty_steps and bfloat16 and plain", 0)):
+        done = subprocess.run(
+            [*command, str(tests), "-k", test], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stdout
+        assert ("ERROR test_sgd.py launched no kernel" in done.stdout) == (code == 1)

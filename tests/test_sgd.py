@@ -54,8 +54,22 @@ def name_of(options: dict[str, Any]) -> str:
     return "-".join(f"{k}={v}" for k, v in options.items() if v) or "plain"
 
 
+@pytest.fixture
+def on_cuda(request: pytest.FixtureRequest) -> bool:
+    """Whether CUDA's kernels are under test, on a card or on the emulator."""
+    return bool(request.config.getoption("--device") != "cpu")
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest) -> str:
+    """The device of a test that the emulator cannot stand in for."""
+    if request.config.getoption("--device") != "cuda":
+        pytest.skip("needs a card")
+    return "cuda"
+
+
 def parameters(
-    shapes: Iterable[Any], dtype: torch.dtype = F32, device: str = "cpu"
+    shapes: Iterable[Any], dtype: torch.dtype = F32, device: str | None = None
 ) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
 
@@ -199,7 +213,11 @@ def test_fifty_steps_of_every_combination(
             if before is not None:
                 old, old_buffer = before[0][i].detach(), before[1][i]
                 assert_one_step_is_rounded_once(old, p.grad, old_buffer, p, options)
-    if dtype is F32 and device == "cpu" and fusedstep._C.cpu_capability() != "default":
+    if device == "cuda":
+        same_bits = dtype in (F32, F64)
+    else:
+        same_bits = dtype is F32 and fusedstep._C.cpu_capability() != "default"
+    if same_bits:
         identical(params, twins)
     # Rounding errors of fifty steps walk at random. Torch's walks over all elements tell how far
     # they lead; by chance some go further, the less so the more elements a tensor has.
@@ -247,13 +265,17 @@ def test_every_element_of_a_16_bit_parameter_moves(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3])
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {**MOMENTUM, "nesterov": True}])
-def test_an_overflow_changes_nothing(options: dict[str, Any], steps_before: int) -> None:
-    """On the first step above all, where there is no momentum buffer yet."""
+def test_an_overflow_changes_nothing(
+    options: dict[str, Any], steps_before: int, on_cuda: bool
+) -> None:
+    """On the first step above all, where there is no momentum buffer yet. On CUDA, where the device
+    alone knows of the overflow, there is one behind it, of zeros."""
     options = {"lr": 0.1, **options}
     params = parameters([100, 1000])
     twins = clones(params)
     ours, theirs = SGD(params, **options), NativeSGD(twins, **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    device = params[0].device.type
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=1000)
     scale = torch.tensor(1024.0)
 
     def scaled_step(overflow: bool) -> None:
@@ -279,7 +301,10 @@ def test_an_overflow_changes_nothing(options: dict[str, Any], steps_before: int)
     torch.full((1000,), math.nan)  # memory for a forgotten buffer to land in
     scaled_step(overflow=True)
     identical(params, kept)
-    identical(ours.state_dict()["state"], kept_state["state"])
+    if on_cuda and steps_before == 0:
+        identical(buffers(ours), [None if b is None else b * 0 for b in buffers(ours)])
+    else:
+        identical(ours.state_dict()["state"], kept_state["state"])
     assert scaler.get_scale() == 512.0
     for _ in range(2):
         scaled_step(overflow=False)
@@ -669,6 +694,38 @@ def test_tensor_learning_rates(lr: Tensor) -> None:
     lr.mul_(0.5)  # both see it
     step_both(ours, theirs, 2)
     lr.fill_(0.1)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True}], ids=name_of)
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("lr_dtype", DTYPES, ids=str)
+def test_a_tensor_learning_rate_is_its_number(
+    lr_dtype: torch.dtype, shape: tuple[int, ...], options: dict[str, Any], device: str
+) -> None:
+    """To the bit, in parameters of every dtype; and its changes in place count."""
+    lr = torch.full(shape, 0.1, dtype=lr_dtype, device=device)
+    params = [p for dtype in DTYPES for p in parameters([100, 4097], dtype, device)]
+    twins = clones(params)
+    by_tensor, by_number = SGD(params, lr=lr, **options), SGD(twins, lr=lr.item(), **options)
+    for change in (1.0, 0.3, -2.0):
+        lr.mul_(change)
+        by_number.param_groups[0]["lr"] = lr.item()
+        set_random_grads(params, twins)
+        by_tensor.step()
+        by_number.step()
+        identical(params, twins)
+    assert by_tensor.param_groups[0]["lr"] is lr
+
+
+def test_learning_rates_in_several_places(device: str) -> None:
+    params = parameters([100, 33, 7, 5], device=device)
+    twins = clones(params)
+    rates: list[Any] = [0.1, torch.tensor(0.2, device="cpu"), torch.tensor(0.3, device=device)]
+    rates.append(torch.tensor(1, device=device))  # an integer
+    ours = SGD([{"params": p, "lr": lr} for p, lr in zip(params, rates, strict=True)])
+    theirs = NativeSGD([{"params": p, "lr": lr} for p, lr in zip(twins, rates, strict=True)])
+    step_both(ours, theirs, 3)
     assert_same(ours, theirs)
 
 
@@ -1092,7 +1149,7 @@ def test_grad_scale_and_found_inf_attributes(dtype: torch.dtype) -> None:
             identical(params, before)
         else:
             theirs.step()
-        assert_same(ours, theirs)
+            assert_same(ours, theirs)
     del ours.grad_scale, ours.found_inf
     step_both(ours, theirs)
     assert_same(ours, theirs)
@@ -1118,10 +1175,49 @@ def test_grad_scaler_with_every_kind_of_parameter() -> None:
         torch.testing.assert_close([p.grad for p in params], kept)
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 0.1},
+    "momentum": MOMENTUM,
+    "nesterov": {**MOMENTUM, "nesterov": True},
+    "dampening": {**MOMENTUM, "dampening": 0.5, "maximize": True},
+}
+
+
+@pytest.mark.parametrize("overflows", ["10100", "1100", "01001", "000"])
+@pytest.mark.parametrize("scale", [None, 1.0, 8.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SCALED)
+def test_steps_that_overflow_are_as_if_they_had_not_been(
+    name: str, dtype: torch.dtype, scale: float | None, overflows: str, device: str
+) -> None:
+    """To the bit, wherever the scale and the flag lie; the division by a power of two is exact."""
+    params = parameters(SIZES[:-1], dtype, device)
+    twins = clones(params)
+    scaled, unscaled = SGD(params, **SCALED[name]), SGD(twins, **SCALED[name])
+    for overflow in overflows:
+        set_random_grads(params, twins)
+        for p in params:
+            assert p.grad is not None
+            p.grad.mul_(scale or 1)
+        scaled.found_inf = torch.tensor(float(overflow), device=device)
+        scaled.grad_scale = None if scale is None else torch.tensor(scale, device=device)
+        if overflow == "1":
+            kept = [p.grad.clone() for p in params if p.grad is not None]
+            scaled.step()
+            identical([p.grad for p in params], kept)
+        else:
+            scaled.step()
+            unscaled.step()
+            identical([p.grad for p in params], [q.grad for q in twins])
+        identical(params, twins)
+    identical(buffers(scaled), buffers(unscaled))
+
+
 # ------------------------------------------------------------------ torch's own configurations
 
 
 def _optim_info() -> Any:
+    pytest.importorskip("expecttest")  # which torch.testing._internal imports
     from torch.testing._internal.common_optimizers import optim_db
 
     (info,) = [info for info in optim_db if info.optim_cls is TorchSGD]
@@ -1329,3 +1425,198 @@ def test_threads_of_a_program_may_step_their_own() -> None:
                 optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
         assert_same(a, b)
+
+
+# ------------------------------------------------------------------ on CUDA
+
+
+TABLES = [(1, "4096ul"), (10, "4096ul"), (200, "32760ul"), (2000, "TableOnDevice")]
+
+
+@pytest.mark.parametrize(("count", "table"), TABLES)
+def test_one_launch_for_any_number_of_tensors(
+    count: int, table: str, launches: Any, device: str
+) -> None:
+    """Wherever the list of tensors travels; gradients lie elsewhere in every step."""
+    params = parameters([(1 + i % 37,) for i in range(count)], device=device)
+    params += parameters([4097, 5], BF16, device) + parameters([4097, 5], F64, device)
+    twins = clones(params)
+    ours, theirs = SGD(params, **MOMENTUM), NativeSGD(twins, **MOMENTUM)
+    grads = []
+    for _ in range(3):
+        set_random_grads(params, twins)
+        grads += [p.grad for p in params]
+        with launches() as kernels:
+            ours.step()
+        theirs.step()
+        assert len(kernels) == 1, kernels
+        assert "sgd::" in kernels[0] and table in kernels[0]
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("count", [50, 100, 800])
+def test_one_launch_for_any_number_of_groups(count: int, launches: Any, device: str) -> None:
+    params = parameters([33] * count, device=device)
+    twins = clones(params)
+
+    def groups(params: list[nn.Parameter]) -> list[dict[str, Any]]:
+        return [
+            {
+                "params": p,
+                "lr": 0.01 * (1 + i % 7),
+                "momentum": 0.3 * (i % 3),
+                "maximize": i % 5 < 2,
+            }
+            for i, p in enumerate(params)
+        ]
+
+    ours, theirs = SGD(groups(params)), NativeSGD(groups(twins))
+    for _ in range(2):
+        set_random_grads(params, twins)
+        with launches() as kernels:
+            ours.step()
+        theirs.step()
+        assert len(kernels) == 1, kernels
+    assert_same(ours, theirs)
+
+
+def test_no_launch_without_an_element(launches: Any, device: str) -> None:
+    params = parameters([0, (3, 0)], device=device)
+    set_random_grads(params)
+    optimizer = SGD(params, **MOMENTUM)
+    with launches() as kernels:
+        optimizer.step()
+        SGD(params, lr=0.1).zero_grad()
+        optimizer.step()
+    assert kernels == []
+    assert all(b is not None and b.numel() == 0 for b in buffers(optimizer))
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("unaligned", ["param", "grad", "buffer", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_alignment_changes_no_bit(dtype: torch.dtype, unaligned: str, device: str) -> None:
+    """One element off a vector's border, in one array or in all of them."""
+    for numel in (1, 7, 1023, 1025, 9001):
+        aligned = dict(zip(("param", "grad", "buffer"), torch.randn(3, numel), strict=True))
+        steps = []
+        for shifted in (False, True):
+            arrays = {}
+            for name, values in aligned.items():
+                off = int(shifted and unaligned in (name, "all"))
+                arrays[name] = torch.empty(numel + 1, dtype=dtype, device=device)[off:][:numel]
+                arrays[name].copy_(values)
+            param = nn.Parameter(arrays["param"])
+            param.grad = arrays["grad"]
+            optimizer = SGD([param], **MOMENTUM)
+            optimizer.state[param]["momentum_buffer"] = arrays["buffer"]
+            optimizer.step()
+            steps.append([param, arrays["buffer"]])
+        identical(*steps)
+
+
+def test_a_failed_launch_names_the_operator(request: pytest.FixtureRequest, on_cuda: bool) -> None:
+    """The emulated device has memory of its own, which numpy does not know."""
+    if request.config.getoption("--device") != "emulator":
+        pytest.skip("needs memory that a kernel cannot reach")
+    param = nn.Parameter(torch.from_numpy(np.zeros(7, dtype=np.float32)))
+    param.grad = torch.ones(7)
+    with pytest.raises(RuntimeError, match=r"SGD\.step failed"):
+        SGD([param], lr=0.1).step()
+
+
+def test_nothing_waits_for_the_device(card: str) -> None:
+    lr = torch.tensor(0.1, device=card)
+    for count in (10, 1000):
+        params = parameters([33] * count, device=card)
+        optimizer = SGD(params, lr=lr, momentum=0.9)
+        optimizer.grad_scale = torch.tensor(2.0, device=card)
+        optimizer.found_inf = torch.tensor(0.0, device=card)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                set_random_grads(params)
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("count", [10, 200, 2000])
+def test_a_captured_step_replays_on_new_numbers(count: int, card: str) -> None:
+    """Gradients, the learning rate, the scale and the flag, all changed in place."""
+    params = parameters([(1 + i % 37,) for i in range(count)], device=card)
+    twins = clones(params)
+    lr, scale, found_inf = torch.tensor([0.1, 1.0, 0.0], device=card).unbind()
+    ours, theirs = SGD(params, lr=lr, momentum=0.9), SGD(twins, lr=0.1, momentum=0.9)
+    ours.grad_scale, ours.found_inf = scale, found_inf
+    set_random_grads(params, twins)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ours.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    theirs.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours.step()
+    for new_lr, new_scale, overflow in [(0.2, 4.0, 0.0), (0.3, 1.0, 1.0), (0.4, 2.0, 0.0)]:
+        for p, q in zip(params, twins, strict=True):
+            assert p.grad is not None
+            p.grad.normal_()
+            q.grad = p.grad / new_scale
+        for number, value in zip(
+            (lr, scale, found_inf), (new_lr, new_scale, overflow), strict=True
+        ):
+            number.fill_(value)
+        theirs.param_groups[0]["lr"] = lr.item()
+        graph.replay()
+        if not overflow:
+            theirs.step()
+        identical(params, twins)
+
+
+def test_a_step_runs_on_the_current_stream(card: str) -> None:
+    params = parameters([100003, 33], device=card)
+    twins = clones(params)
+    ours, theirs = SGD(params, **MOMENTUM), SGD(twins, **MOMENTUM)
+    for _ in range(20):
+        set_random_grads(params, twins)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)
+            for p in params:
+                assert p.grad is not None
+                p.grad.mul_(2)
+            ours.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        for q in twins:
+            assert q.grad is not None
+            q.grad.mul_(2)
+        theirs.step()
+    identical(params, twins)
+
+
+def test_more_elements_than_32_bits_count(card: str) -> None:
+    param = nn.Parameter(torch.zeros(2**31 + 4099, dtype=BF16, device=card))
+    param.grad = torch.ones_like(param)
+    SGD([param], lr=0.5).step()
+    assert (param == -0.5).all()
+
+
+def test_devices_with_one_optimizer(card: str) -> None:
+    """Parameters on a card and on the CPU, with GradScaler's numbers on the card."""
+    params = parameters([100], device=card) + parameters([33], device="cpu")
+    twins = clones(params)
+    ours, theirs = SGD(params, **MOMENTUM), NativeSGD(twins, **MOMENTUM)
+    for overflow in (1.0, 0.0, 1.0, 0.0):
+        set_random_grads(params, twins)
+        for p in params:
+            assert p.grad is not None
+            p.grad.mul_(8)
+        ours.grad_scale = torch.tensor(8.0, device=card)
+        ours.found_inf = torch.tensor(overflow, device=card)
+        ours.step()
+        if not overflow:
+            theirs.step()
+        assert_same(ours, theirs)

@@ -12,28 +12,25 @@ namespace {
 
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
 
-template <class A>
-FUSEDSTEP_VEC Coefficients<Vec<A>> coefficients(const Hyperparameters& h) {
-    return {broadcast(h.maximize ? A{-1} : A{1}), broadcast(static_cast<A>(h.weight_decay)),
-            broadcast(static_cast<A>(h.momentum)), broadcast(static_cast<A>(1.0 - h.dampening)),
-            broadcast(static_cast<A>(-h.lr))};
-}
-
-template <Momentum momentum, bool nesterov, bool weight_decay, class T>
-void update_span(const Hyperparameters& h, T* param, const T* grad, T* buffer, std::int64_t n) {
-    using V = Vec<acc_t<T>>;
-    constexpr int L = kLanes<acc_t<T>>;
-    auto const c = coefficients<acc_t<T>>(h);
+// Not inlined: update() calls one of forty, and holding them all it starts more slowly.
+template <class Rule, class T>
+__attribute__((noinline)) void update_span(const Hyperparameters& h, T* param, const T* grad,
+                                           T* buffer, std::int64_t n) {
+    using A = acc_t<T>;
+    using V = Vec<A>;
+    constexpr int L = kLanes<A>;
+    auto const c =
+        coefficients<A>(h, h.lr, [](A x) __attribute__((always_inline)) { return broadcast(x); });
     auto new_param = [&c](V p, V g, V& b) __attribute__((always_inline)) {
-        return update<momentum, nesterov, weight_decay>(
-            p, g, b, c,
-            [](V x, V y, V z) __attribute__((always_inline)) { return fmadd(x, y, z); });
+        return update<Rule>(p, g, b, c, [](V x, V y, V z) __attribute__((always_inline)) {
+            return fmadd(x, y, z);
+        });
     };
     auto one = [&](std::int64_t i) __attribute__((always_inline)) {
         V b{};
-        if constexpr (momentum == Momentum::running) b = load(buffer + i);
+        if constexpr (Rule::momentum == Momentum::running) b = load(buffer + i);
         V const p = new_param(load(param + i), load(grad + i), b);
-        if constexpr (momentum != Momentum::none) store(buffer + i, b);
+        if constexpr (Rule::momentum != Momentum::none) store(buffer + i, b);
         store(param + i, p);
     };
 
@@ -46,9 +43,9 @@ void update_span(const Hyperparameters& h, T* param, const T* grad, T* buffer, s
     if (i < n) {
         std::int64_t const rest = n - i;
         V b{};
-        if constexpr (momentum == Momentum::running) b = load_partial(buffer + i, rest);
+        if constexpr (Rule::momentum == Momentum::running) b = load_partial(buffer + i, rest);
         V const p = new_param(load_partial(param + i, rest), load_partial(grad + i, rest), b);
-        if constexpr (momentum != Momentum::none) store_partial(buffer + i, b, rest);
+        if constexpr (Rule::momentum != Momentum::none) store_partial(buffer + i, b, rest);
         store_partial(param + i, p, rest);
     }
 }
@@ -63,44 +60,31 @@ void unscale_span(T* grad, std::int64_t n, double grad_scale) {
     if (i < n) store_partial(grad + i, load_partial(grad + i, n - i) / scale, n - i);
 }
 
-// Calls f with the update_span that an entry needs: runtime flags to compile-time ones.
-template <class T, class F>
-void with_update_span(const Hyperparameters& h, bool first_step, F f) {
-    auto with_weight_decay = [&](auto decay) {
-        constexpr bool d = decay();
-        if (h.momentum == 0) return f(update_span<Momentum::none, false, d, T>);
-        if (first_step) {
-            return f(h.nesterov ? update_span<Momentum::first, true, d, T>
-                                : update_span<Momentum::first, false, d, T>);
-        }
-        return f(h.nesterov ? update_span<Momentum::running, true, d, T>
-                            : update_span<Momentum::running, false, d, T>);
-    };
-    h.weight_decay != 0 ? with_weight_decay(std::true_type{})
-                        : with_weight_decay(std::false_type{});
-}
-
 void update(const Step& step, std::int64_t first, std::int64_t last) {
-    for_each_span(
-        step.entries, step.entry_count, first, last,
-        [&](const Entry& entry, std::int64_t begin, std::int64_t end) {
-            const Hyperparameters& h = step.groups[entry.group];
-            dispatch(entry.dtype, [&](auto tag) {
-                using T = typename decltype(tag)::type;
-                T* const param = static_cast<T*>(entry.param);
-                T* const grad = static_cast<T*>(entry.grad);
-                T* const buffer = static_cast<T*>(entry.momentum_buffer);
-                with_update_span<T>(h, entry.first_step, [&](auto update_span) {
-                    // A gradient that is unscaled is read again while it is in the cache.
-                    std::int64_t const block = step.grad_scale == 1 ? end - begin : kChunk;
-                    for (std::int64_t i = begin; i < end; i += block) {
-                        std::int64_t const n = block < end - i ? block : end - i;
-                        if (step.grad_scale != 1) unscale_span(grad + i, n, step.grad_scale);
-                        update_span(h, param + i, grad + i, buffer ? buffer + i : nullptr, n);
-                    }
-                });
-            });
-        });
+    for_each_span(step.entries, step.entry_count, first, last,
+                  [&](const Entry& entry, std::int64_t begin, std::int64_t end) {
+                      const Hyperparameters& h = step.groups[entry.group];
+                      dispatch(entry.dtype, [&](auto tag) {
+                          using T = typename decltype(tag)::type;
+                          T* const param = static_cast<T*>(entry.param);
+                          T* const grad = static_cast<T*>(entry.grad);
+                          T* const buffer = static_cast<T*>(entry.momentum_buffer);
+                          auto update_with = [&](auto rule) {
+                              // A gradient that is unscaled is read again while it is in the cache.
+                              std::int64_t const block =
+                                  step.grad_scale == 1 ? end - begin : kChunk;
+                              for (std::int64_t i = begin; i < end; i += block) {
+                                  std::int64_t const n = block < end - i ? block : end - i;
+                                  if (step.grad_scale != 1)
+                                      unscale_span(grad + i, n, step.grad_scale);
+                                  update_span<decltype(rule)>(h, param + i, grad + i,
+                                                              buffer ? buffer + i : nullptr, n);
+                              }
+                          };
+                          with_rule(momentum_of(h, entry.first_step), h.nesterov,
+                                    h.weight_decay != 0, update_with);
+                      });
+                  });
 }
 
 }  // namespace

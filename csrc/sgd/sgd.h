@@ -16,6 +16,10 @@ struct Hyperparameters {
     double momentum;  // 0: none, and the entries have no buffer
     double dampening;
     double weight_decay;
+    // On CUDA only: one number in the device's memory that is the learning rate instead of `lr`;
+    // null where there is none.
+    const void* device_lr;
+    DType device_lr_dtype;
     bool nesterov;
     bool maximize;
 };
@@ -35,11 +39,17 @@ struct Entry {
 
 struct Step {
     const Hyperparameters* groups;
+    std::int64_t group_count;
     const Entry* entries;
     std::int64_t entry_count;
     // What every gradient was multiplied by. Where it is not 1, gradients are divided by it in
     // place, rounded to their dtype, before they are used.
     double grad_scale;
+    // On CUDA only: numbers in the device's memory; null where there are none.
+    const float* device_grad_scale;  // instead of grad_scale
+    // Where it is not 0 nothing changes, except that the buffers of first steps are filled with the
+    // zero from which a later step continues as a first one would.
+    const float* device_found_inf;
 };
 
 struct CpuKernels {

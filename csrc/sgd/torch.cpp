@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -20,7 +21,14 @@
 
 #include "sgd/binding.h"
 #include "sgd/sgd.h"
+#include "torch_glue/cuda.h"
 #include "torch_glue/plain.h"
+
+#if defined(FUSEDSTEP_CUDA)
+#include <ATen/ops/empty.h>
+
+#include "sgd/cuda_step.h"
+#endif
 
 namespace fusedstep::sgd {
 namespace {
@@ -70,17 +78,17 @@ bool get_flag(PyObject* dict, PyObject* key) {
     return truth != 0;
 }
 
-// A number, or a tensor of one element; nothing where that element requires a gradient.
-std::optional<double> get_number(PyObject* dict, PyObject* key) {
-    PyObject* const value = get(dict, key);
+// A number, or a tensor of one element, which is read here.
+double as_number(PyObject* value) {
     if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-    if (!PyLong_CheckExact(value) && THPVariable_Check(value) &&
-        THPVariable_Unpack(value).requires_grad()) {
-        return std::nullopt;
-    }
     double const number = PyFloat_AsDouble(value);
     if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
     return number;
+}
+
+// The tensor that a Python object is; null where it is none, or of a subclass.
+const Tensor* plain_tensor(PyObject* object) {
+    return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
 // Calls f with every parameter of a group. f may run Python code.
@@ -103,37 +111,77 @@ bool has_grad(const py::object& param) {
 
 // ---- What is covered ----
 
-std::optional<Hyperparameters> read_hyperparameters(PyObject* group) {
-    auto const finite = [group](PyObject* key, const char* name) {
-        std::optional<double> const number = get_number(group, key);
-        if (number && !std::isfinite(*number)) {
-            throw py::value_error(std::string("Invalid ") + name + ": " + std::to_string(*number));
-        }
-        return number;
-    };
-    std::optional<double> const lr = finite(keys().lr, "learning rate");
-    std::optional<double> const momentum = finite(keys().momentum, "momentum value");
-    std::optional<double> const dampening = finite(keys().dampening, "dampening value");
-    std::optional<double> const weight_decay = finite(keys().weight_decay, "weight_decay value");
-    if (!lr || !momentum || !dampening || !weight_decay) return std::nullopt;
-    return Hyperparameters{*lr,
-                           *momentum,
-                           *dampening,
-                           *weight_decay,
-                           get_flag(group, keys().nesterov),
-                           get_flag(group, keys().maximize)};
-}
-
-// In this machine's memory, where its strides say, and no dispatch key but an ordinary tensor's has
-// a say in what is done with it.
+// In this machine's memory or in CUDA's, where its strides say, and no dispatch key but an ordinary
+// tensor's has a say in what is done with it.
 bool is_ordinary(const Tensor& tensor) {
     constexpr c10::DispatchKeySet kOrdinary({
         c10::DispatchKey::CPU,
         c10::DispatchKey::AutogradCPU,
-        c10::DispatchKey::ADInplaceOrView,
         c10::DispatchKey::AutocastCPU,
+#if defined(FUSEDSTEP_CUDA)
+        c10::DispatchKey::CUDA,
+        c10::DispatchKey::AutogradCUDA,
+        c10::DispatchKey::AutocastCUDA,
+#endif
+        c10::DispatchKey::ADInplaceOrView,
     });
     return kOrdinary.has_all(tensor.key_set());
+}
+
+bool runs_on_cuda(c10::Device device) {
+#if defined(FUSEDSTEP_CUDA)
+    return device.type() == kCudaDevice;
+#else
+    static_cast<void>(device);
+    return false;
+#endif
+}
+
+// The one number of this tensor can stay where it is: a CUDA kernel reads it.
+bool is_device_number(const Tensor& tensor) {
+    return runs_on_cuda(tensor.device()) && is_ordinary(tensor) && tensor.numel() == 1 &&
+           kernel_dtype(tensor.scalar_type());
+}
+
+// Of one group; `device_lr` is the tensor behind Hyperparameters::device_lr.
+struct Options {
+    Hyperparameters h;
+    Tensor device_lr;
+};
+
+// Nothing where a number requires a gradient. Numbers that are read here must be finite.
+std::optional<Options> read_options(PyObject* group) {
+    bool differentiable = false;
+    auto const read = [&](PyObject* key, const char* name) {
+        PyObject* const value = get(group, key);
+        bool const is_plain = PyFloat_CheckExact(value) || PyLong_CheckExact(value);
+        if (!is_plain && THPVariable_Check(value) && THPVariable_Unpack(value).requires_grad()) {
+            differentiable = true;
+            return 0.0;
+        }
+        double const number = as_number(value);
+        if (!std::isfinite(number)) {
+            throw py::value_error(std::string("Invalid ") + name + ": " + std::to_string(number));
+        }
+        return number;
+    };
+    Options options{};
+    Hyperparameters& h = options.h;
+    const Tensor* const lr = plain_tensor(get(group, keys().lr));
+    if (lr && !lr->requires_grad() && is_device_number(*lr)) {
+        options.device_lr = *lr;
+        h.device_lr = lr->const_data_ptr();
+        h.device_lr_dtype = *kernel_dtype(lr->scalar_type());
+    } else {
+        h.lr = read(keys().lr, "learning rate");
+    }
+    h.momentum = read(keys().momentum, "momentum value");
+    h.dampening = read(keys().dampening, "dampening value");
+    h.weight_decay = read(keys().weight_decay, "weight_decay value");
+    if (differentiable) return std::nullopt;
+    h.nesterov = get_flag(group, keys().nesterov);
+    h.maximize = get_flag(group, keys().maximize);
+    return options;
 }
 
 // Ordinary, and to be written outside inference mode: its version can be counted.
@@ -172,18 +220,66 @@ void check_buffer(const Tensor& buffer, const Tensor& param, const Tensor& grad)
                 " does not fit its parameter of dtype ", param.scalar_type());
 }
 
+// ---- What GradScaler leaves ----
+
+// A number that GradScaler sets on an optimizer: known here, or left on a CUDA device for kernels
+// to read.
+class ScalerNumber {
+public:
+    // Anything but a CUDA tensor is read now; None is `otherwise`.
+    ScalerNumber(py::handle object, double otherwise) : object_(object) {
+        if (object.is_none()) {
+            value_ = otherwise;
+            return;
+        }
+        const Tensor* const tensor = plain_tensor(object.ptr());
+        if (tensor && is_device_number(*tensor) && tensor->scalar_type() == at::kFloat) {
+            on_device_ = *tensor;
+        } else {
+            value_ = as_number(object.ptr());
+        }
+    }
+
+    bool is_known() const { return !on_device_.defined(); }
+
+    // Waits for the device, where it lies there.
+    void read() {
+        if (is_known()) return;
+        value_ = as_number(object_.ptr());
+        on_device_.reset();
+    }
+
+    // Where it is known.
+    double value() const { return value_; }
+
+    // In the memory of `device`; undefined where it is known here.
+    Tensor on(c10::Device device) const {
+        return is_known() || on_device_.device() == device
+                   ? on_device_
+                   : on_device_.to(at::TensorOptions(device), /*non_blocking=*/true);
+    }
+
+private:
+    py::handle object_;
+    double value_ = 0;
+    Tensor on_device_;
+};
+
 // ---- One step ----
 
 // What one step does, collected and checked before any of it is done.
 class StepPlan {
 public:
-    StepPlan(const py::dict& state, double grad_scale) : state_(state), grad_scale_(grad_scale) {
-        entries_.reserve(16);
-        tensors_.reserve(16);
-    }
+    StepPlan(const py::dict& state, py::handle grad_scale, py::handle found_inf)
+        : state_(state), grad_scale_(grad_scale, 1), found_inf_(found_inf, 0) {}
 
     // Takes in the parameters of a group; returns those with a gradient that are not covered.
     py::list add_group(PyObject* group);
+
+    // Whether there was an overflow, and nothing is to be done. As far as it is known here: it is,
+    // at the price of waiting for the device, where a kernel alone could not do what is right.
+    bool overflowed();
+
     void run();
 
 private:
@@ -197,33 +293,55 @@ private:
         py::object param;
         py::object momentum_buffer;
     };
+    // The entries on one device.
+    struct Share {
+        explicit Share(c10::Device device) : device(device) {}
 
-    bool add(const py::object& param_object, const Hyperparameters& h);
+        c10::Device device;
+        c10::SmallVector<Entry, 16> entries;
+        c10::SmallVector<Tensors, 16> tensors;  // one per entry
+        std::int64_t chunks = 0;
+    };
+
+    // Whether gradients are written, as far as is known here.
+    bool unscales() const { return !(grad_scale_.is_known() && grad_scale_.value() == 1); }
+
+    bool add(const py::object& param_object, const Options& options);
+    Share& share_on(c10::Device device);
+    Step step_of(const Share& share) const;
+    void run_on_cpu(const Share& share);
+    void run_on_cuda(const Share& share);
 
     const py::dict& state_;
-    double const grad_scale_;
-    std::vector<Hyperparameters> groups_;
-    std::vector<Entry> entries_;
-    std::vector<Tensors> tensors_;  // one per entry
+    ScalerNumber grad_scale_;
+    ScalerNumber found_inf_;
+    c10::SmallVector<Hyperparameters, 2> groups_;
+    std::vector<Tensor> learning_rates_;  // on devices
+    c10::SmallVector<Share, 1> shares_;
     std::vector<NewBuffer> new_buffers_;
-    std::int64_t chunks_ = 0;
+    bool on_cpu_ = false;
+    bool dampened_first_step_ = false;
 };
 
 py::list StepPlan::add_group(PyObject* group) {
-    std::optional<Hyperparameters> const h = read_hyperparameters(group);
-    bool const covered = h && !in_functorch() && !in_dispatch_mode();
-    if (covered) groups_.push_back(*h);
+    std::optional<Options> const options = read_options(group);
+    bool const covered = options && !in_functorch() && !in_dispatch_mode();
+    if (covered) {
+        groups_.push_back(options->h);
+        if (options->device_lr.defined()) learning_rates_.push_back(options->device_lr);
+    }
     py::list left;
     for_each_param(group, [&](const py::object& param) {
-        if (has_grad(param) && !(covered && add(param, *h))) left.append(param);
+        if (has_grad(param) && !(covered && add(param, *options))) left.append(param);
     });
     return left;
 }
 
 // Returns whether the kernels cover it; if so it is part of the plan.
-bool StepPlan::add(const py::object& param_object, const Hyperparameters& h) {
+bool StepPlan::add(const py::object& param_object, const Options& options) {
     if (!THPVariable_CheckExact(param_object.ptr())) return false;
     const Tensor& param = THPVariable_Unpack(param_object.ptr());
+    const Hyperparameters& h = options.h;
     Tensor grad = param.unsafeGetTensorImpl()->grad();
     if (param.is_nested() || grad.is_nested()) return false;
     check_update(param, grad, h);
@@ -243,7 +361,12 @@ bool StepPlan::add(const py::object& param_object, const Hyperparameters& h) {
     }
 
     std::optional<DType> const dtype = kernel_dtype(param.scalar_type());
-    bool const unscale = grad_scale_ != 1;
+    bool const unscale = unscales();
+    c10::Device const device = param.device();
+    auto const is_elsewhere = [device](const Tensor& tensor) {
+        return tensor.defined() && tensor.device() != device;
+    };
+    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(options.device_lr)) return false;
     if (!dtype || !is_writable(param) || !param.is_non_overlapping_and_dense()) return false;
     if (!(unscale ? is_writable(grad) : is_ordinary(grad)) || grad.sizes() != param.sizes() ||
         grad.scalar_type() != param.scalar_type()) {
@@ -263,41 +386,120 @@ bool StepPlan::add(const py::object& param_object, const Hyperparameters& h) {
         buffer = at::empty_like(param);
         new_buffers_.push_back(
             {param_object, py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer))});
+        dampened_first_step_ |= h.dampening != 0;
     }
 
-    Entry const entry{{chunks_, param.numel()},
+    Share& share = share_on(device);
+    Entry const entry{{share.chunks, param.numel()},
                       param.mutable_data_ptr(),
                       unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()),
                       buffer.defined() ? buffer.mutable_data_ptr() : nullptr,
                       static_cast<std::int32_t>(groups_.size() - 1),
                       *dtype,
                       first_step};
-    chunks_ = entry.extent.end_chunk();
-    entries_.push_back(entry);
-    tensors_.push_back({param, std::move(grad), std::move(buffer)});
+    share.chunks = entry.extent.end_chunk();
+    share.entries.push_back(entry);
+    share.tensors.push_back({param, std::move(grad), std::move(buffer)});
     return true;
 }
 
-void StepPlan::run() {
+StepPlan::Share& StepPlan::share_on(c10::Device device) {
+    for (Share& share : shares_) {
+        if (share.device == device) return share;
+    }
+    on_cpu_ |= !runs_on_cuda(device);
+    return shares_.emplace_back(device);
+}
+
+bool StepPlan::overflowed() {
+    // A skipped first step leaves a buffer of zeros, and the next one goes on from there: the same
+    // as a first step, unless there is dampening, which first steps know nothing of.
+    if (on_cpu_ || dampened_first_step_) found_inf_.read();
+    if (on_cpu_) grad_scale_.read();
+    return found_inf_.is_known() && found_inf_.value() != 0;
+}
+
+Step StepPlan::step_of(const Share& share) const {
+    return {groups_.data(),
+            static_cast<std::int64_t>(groups_.size()),
+            share.entries.data(),
+            static_cast<std::int64_t>(share.entries.size()),
+            grad_scale_.value(),
+            nullptr,
+            nullptr};
+}
+
+void StepPlan::run_on_cpu(const Share& share) {
     // A thread takes at least 32,768 elements, as in torch's own elementwise kernels.
     constexpr std::int64_t kGrain = 32768 / kChunk;
     // From a million elements on (half a millisecond from memory) other Python threads may run.
     constexpr std::int64_t kReleaseGil = (std::int64_t{1} << 20) / kChunk;
 
-    Step const step{groups_.data(), entries_.data(), static_cast<std::int64_t>(entries_.size()),
-                    grad_scale_};
-    {
-        std::optional<py::gil_scoped_release> release;
-        if (chunks_ >= kReleaseGil) release.emplace();
-        at::parallel_for(0, chunks_, kGrain, [&step](std::int64_t first, std::int64_t last) {
-            cpu_kernels().update(step, first, last);
-        });
+    Step const step = step_of(share);
+    std::optional<py::gil_scoped_release> release;
+    if (share.chunks >= kReleaseGil) release.emplace();
+    at::parallel_for(0, share.chunks, kGrain, [&step](std::int64_t first, std::int64_t last) {
+        cpu_kernels().update(step, first, last);
+    });
+}
+
+#if defined(FUSEDSTEP_CUDA)
+
+constexpr const char* kOp = "SGD.step";
+
+// A step's table in the memory of the device, from when the stream comes to what is enqueued next.
+Tensor table_on_device(const Step& step, c10::Device device, cudaStream_t stream) {
+    auto const bytes = static_cast<std::int64_t>(table_bytes(step));
+    auto const options = at::TensorOptions(at::kByte);
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check_launch(cudaStreamIsCapturing(stream, &capture), kOp);
+    if (capture == cudaStreamCaptureStatusNone) {
+        Tensor const staging = at::empty({bytes}, options.pinned_memory(kCudaDevice == at::kCUDA));
+        write_table(step, staging.mutable_data_ptr());
+        return staging.to(options.device(device), /*non_blocking=*/true);
     }
-    for (const Tensors& written : tensors_) {
-        written.param.unsafeGetTensorImpl()->bump_version();
-        if (grad_scale_ != 1) written.grad.unsafeGetTensorImpl()->bump_version();
-        if (written.momentum_buffer.defined()) {
-            written.momentum_buffer.unsafeGetTensorImpl()->bump_version();
+    // Every replay of the graph copies again, so that its source must live as long as the graph:
+    // nobody says how long that is, and it is never freed.
+    void* const staging = new_host_visible(table_bytes(step));
+    write_table(step, staging);
+    Tensor table = at::empty({bytes}, options.device(device));
+    check_launch(cudaMemcpyAsync(table.mutable_data_ptr(), staging, table_bytes(step),
+                                 cudaMemcpyHostToDevice, stream),
+                 kOp);
+    return table;
+}
+
+void StepPlan::run_on_cuda(const Share& share) {
+    CudaGuard const guard(share.device);
+    cudaStream_t const stream = current_stream(share.device);
+    Tensor const grad_scale = grad_scale_.on(share.device);
+    Tensor const found_inf = found_inf_.on(share.device);
+    Step step = step_of(share);
+    if (grad_scale.defined()) step.device_grad_scale = grad_scale.const_data_ptr<float>();
+    if (found_inf.defined()) step.device_found_inf = found_inf.const_data_ptr<float>();
+    Tensor const table = table_fits(step) ? Tensor() : table_on_device(step, share.device, stream);
+    check_launch(cuda_update(step, table.defined() ? table.const_data_ptr() : nullptr,
+                             device_limits(share.device), stream),
+                 kOp);
+}
+
+#else
+
+void StepPlan::run_on_cuda(const Share&) {}
+
+#endif
+
+void StepPlan::run() {
+    for (const Share& share : shares_) {
+        runs_on_cuda(share.device) ? run_on_cuda(share) : run_on_cpu(share);
+    }
+    for (const Share& share : shares_) {
+        for (const Tensors& written : share.tensors) {
+            written.param.unsafeGetTensorImpl()->bump_version();
+            if (unscales()) written.grad.unsafeGetTensorImpl()->bump_version();
+            if (written.momentum_buffer.defined()) {
+                written.momentum_buffer.unsafeGetTensorImpl()->bump_version();
+            }
         }
     }
     for (const NewBuffer& made : new_buffers_) {
@@ -312,14 +514,17 @@ void StepPlan::run() {
 
 }  // namespace
 
-py::list step(const py::list& param_groups, const py::dict& state, double grad_scale) {
-    StepPlan plan(state, grad_scale);
+py::list step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
+              const py::object& found_inf) {
+    StepPlan plan(state, grad_scale, found_inf);
+    if (plan.overflowed()) return py::list();
     py::list leftovers;
     for (py::handle group : param_groups) {
         if (!PyDict_Check(group.ptr())) throw py::type_error("a parameter group is no dict");
         py::list left = plan.add_group(group.ptr());
         if (!left.empty()) leftovers.append(py::make_tuple(group, std::move(left)));
     }
+    if (plan.overflowed()) return py::list();
     plan.run();
     return leftovers;
 }

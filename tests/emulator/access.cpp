@@ -1,10 +1,13 @@
 // The runtime behind -fsanitize=thread,alignment,bounds: sees every access of a kernel to memory
-// before it happens. What is passed by memcpy or memset in pieces of more than 16 bytes is not seen.
+// before it happens. What is passed by memcpy or memset in pieces of more than 16 bytes is not
+// seen.
 #include <link.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "machine.h"
@@ -15,8 +18,8 @@ namespace {
 
 // ------------------------------------------------------------------ shared memory
 
-// When and by whom a byte of shared memory was accessed. Two accesses are ordered if one thread made
-// both, or if a barrier lies between them that covers both. One record may stand for several
+// When and by whom a byte of shared memory was accessed. Two accesses are ordered if one thread
+// made both, or if a barrier lies between them that covers both. One record may stand for several
 // threads: of one warp, one block or one cluster.
 enum Scope : std::uint16_t { kThread, kWarp, kBlock, kCluster };
 
@@ -24,15 +27,24 @@ struct Access {
     std::uint16_t thread : 14;  // its number among the resident ones + 1; 0: never
     std::uint16_t scope : 2;
     std::uint16_t warp_epoch, block_epoch, cluster_epoch;
+
+    bool operator==(const Access& other) const {
+        return std::bit_cast<std::uint64_t>(*this) == std::bit_cast<std::uint64_t>(other);
+    }
 };
+
+static_assert(kMaxThreads < 1 << 14);
 
 struct History {
     Access written, read;
+
+    bool operator==(const History&) const = default;
 };
 
 // Of every byte of every slot; touched only where kernels have shared memory.
 History* history_of(const unsigned char* shared) {
-    static auto* const all = static_cast<History*>(std::calloc(kMaxBlocks * kSharedSlot, sizeof(History)));
+    static auto* const all =
+        static_cast<History*>(std::calloc(kMaxBlocks * kSharedSlot, sizeof(History)));
     return all + (shared - machine.shared);
 }
 
@@ -40,8 +52,7 @@ Access access_now() {
     const Thread& thread = *current;
     const Cluster& cluster = *thread.block->cluster;
     std::uint16_t const beyond_block = cluster.barrier.epoch + machine.grid.epoch;
-    return {static_cast<std::uint16_t>(&thread - machine.threads.data() + 1), 0,
-            thread.warp->epoch,
+    return {static_cast<std::uint16_t>(&thread - machine.threads.data() + 1), 0, thread.warp->epoch,
             static_cast<std::uint16_t>(thread.block->barrier.epoch + beyond_block), beyond_block};
 }
 
@@ -71,12 +82,32 @@ bool is_ordered(const Access& before, const Access& now) {
     return before.cluster_epoch != now.cluster_epoch;
 }
 
+// The history of a byte after one more access, or what is wrong with this access. Atomic accesses
+// are ordered among themselves and leave no trace.
+History follow(const History& before, const Access& now, How how, const char*& wrong) {
+    History after = before;
+    if (how != How::write && before.written.thread == 0) {
+        wrong = "shared memory that was never written";
+    } else if (!is_ordered(before.written, now) ||
+               (how != How::read && !is_ordered(before.read, now))) {
+        wrong = "race: shared memory that another thread accesses with no barrier between";
+    } else if (how == How::write) {
+        after.written = now;
+    } else if (how == How::read && is_ordered(before.read, now)) {
+        after.read = now;
+    } else if (how == How::read) {
+        after.read.scope = joint_scope(before.read, now);
+    }
+    return after;
+}
+
 // ------------------------------------------------------------------ all memory
 
-std::string text(const char* what, std::uintptr_t address, std::size_t bytes, bool write) {
+std::string text(const char* what, std::uintptr_t address, std::size_t bytes, How how) {
+    constexpr const char* kNames[] = {"read", "write", "atomic access"};
     char line[160];
     std::snprintf(line, sizeof(line), "%s: %s of %zu bytes at %#zx", what,
-                  write ? "write" : "read", bytes, static_cast<std::size_t>(address));
+                  kNames[static_cast<int>(how)], bytes, static_cast<std::size_t>(address));
     return line;
 }
 
@@ -103,7 +134,7 @@ bool is_constant(std::uintptr_t address, std::size_t bytes) {
                [](dl_phdr_info* info, std::size_t, void* data) {
                    const Range& wanted = *static_cast<const Range*>(data);
                    for (int i = 0; i < info->dlpi_phnum; ++i) {
-                       const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+                       const ElfW(Phdr) & segment = info->dlpi_phdr[i];
                        std::uintptr_t const begin = info->dlpi_addr + segment.p_vaddr;
                        if (segment.p_type == PT_LOAD && !(segment.p_flags & PF_W) &&
                            wanted.begin >= begin && wanted.end <= begin + segment.p_memsz) {
@@ -115,66 +146,56 @@ bool is_constant(std::uintptr_t address, std::size_t bytes) {
                &range) != 0;
 }
 
-__attribute__((noinline)) void check(std::uintptr_t address, std::size_t bytes, bool write,
+__attribute__((noinline)) void check(std::uintptr_t address, std::size_t bytes, How how,
                                      const void* code) {
     if (address - reinterpret_cast<std::uintptr_t>(current->stack) < kStackBytes) return;
-    if (access_shared(address, bytes, write, code)) return;
+    if (access_shared(address, bytes, how, code)) return;
     if (device_memory.holds(address, bytes)) return;
-    if (!write && is_constant(address, bytes)) return;
+    if (how == How::read && is_constant(address, bytes)) return;
     fault(cudaErrorIllegalAddress,
-          text("out of bounds", address, bytes, write) + neighbourhood(address), code);
+          text("out of bounds", address, bytes, how) + neighbourhood(address), code);
 }
 
 template <unsigned bytes>
-__attribute__((always_inline)) inline void check(const void* pointer, bool write,
-                                                 const void* code) {
+__attribute__((always_inline)) inline void check(const void* pointer, How how, const void* code) {
     if (current == nullptr) return;
     auto const address = reinterpret_cast<std::uintptr_t>(pointer);
-    if (!device_memory.holds_aligned<bytes>(address)) check(address, bytes, write, code);
+    if (!device_memory.holds_aligned<bytes>(address)) check(address, bytes, how, code);
 }
 
 }  // namespace
 
-bool access_shared(std::uintptr_t address, std::size_t bytes, bool write, const void* code) {
+bool access_shared(std::uintptr_t address, std::size_t bytes, How how, const void* code) {
     std::uintptr_t const offset = address - reinterpret_cast<std::uintptr_t>(machine.shared);
     if (offset >= kMaxBlocks * kSharedSlot) return false;
     std::size_t const slot = offset / kSharedSlot;
     std::size_t const in_slot = offset % kSharedSlot;
+    std::size_t const place = in_slot < kDynamicShared ? in_slot : in_slot - kDynamicShared;
     const Cluster& cluster = *current->block->cluster;
     bool const in_cluster =
         slot >= cluster.first_block && slot < cluster.first_block + cluster.blocks;
     if (!in_cluster || !(in_slot + bytes <= machine.blocks[slot].static_shared ||
                          (in_slot >= kDynamicShared &&
                           in_slot + bytes <= kDynamicShared + machine.dynamic_shared))) {
-        fault(cudaErrorIllegalAddress, text("out of bounds of shared memory", in_slot, bytes, write),
+        fault(cudaErrorIllegalAddress, text("out of bounds of shared memory", place, bytes, how),
               code);
     }
     if (machine.blocks[slot].barrier.exited == machine.blocks[slot].barrier.expected) {
         fault(cudaErrorIllegalAddress,
-              text("shared memory of a block that has ended", in_slot, bytes, write), code);
+              text("shared memory of a block that has ended", place, bytes, how), code);
     }
+    // Adjacent bytes mostly have the same history, which is then looked at once.
     Access const now = access_now();
-    History* const history = history_of(machine.shared + offset);
-    for (std::size_t i = 0; i < bytes; ++i) {
-        Access& written = history[i].written;
-        Access& read = history[i].read;
-        if (!write && written.thread == 0) {
-            fault(cudaErrorLaunchFailure,
-                  text("shared memory that was never written", in_slot, bytes, write), code);
+    History* const bytes_begin = history_of(machine.shared + offset);
+    History before{}, after{};
+    for (History* byte = bytes_begin; byte < bytes_begin + bytes; ++byte) {
+        if (byte == bytes_begin || *byte != before) {
+            before = *byte;
+            const char* wrong = nullptr;
+            after = follow(before, now, how, wrong);
+            if (wrong) fault(cudaErrorLaunchFailure, text(wrong, place, bytes, how), code);
         }
-        if (!is_ordered(written, now) || (write && !is_ordered(read, now))) {
-            fault(cudaErrorLaunchFailure,
-                  text("race: shared memory that another thread accesses with no barrier between",
-                       in_slot, bytes, write),
-                  code);
-        }
-        if (write) {
-            written = now;
-        } else if (is_ordered(read, now)) {
-            read = now;
-        } else {
-            read.scope = joint_scope(read, now);
-        }
+        *byte = after;
     }
     return true;
 }
@@ -190,7 +211,8 @@ void* block_shared(std::size_t bytes, std::size_t) {
     if (thread.has_shared || (block.static_shared != 0 && block.static_shared != bytes) ||
         bytes > kUsualShared) {
         fault(cudaErrorLaunchFailure,
-              "shared memory declared twice, differently by two threads, or over 48 KiB");
+              "shared memory declared twice, differently by two threads, or over 48 KiB",
+              __builtin_return_address(0));
     }
     thread.has_shared = true;
     block.static_shared = bytes;
@@ -198,6 +220,26 @@ void* block_shared(std::size_t bytes, std::size_t) {
 }
 
 void* dynamic_shared() { return current->block->shared + kDynamicShared; }
+
+void copy_async(void* shared, const void* global) { current->copies.emplace_back(shared, global); }
+
+void wait_for_copies() {
+    for (auto const& [shared, global] : current->copies) {
+        auto const to = reinterpret_cast<std::uintptr_t>(shared);
+        auto const from = reinterpret_cast<std::uintptr_t>(global);
+        const void* const code = __builtin_return_address(0);
+        if (to % 16 != 0 || from % 16 != 0) {
+            fault(cudaErrorMisalignedAddress, text("misaligned copy", from, 16, How::read), code);
+        }
+        check(from, 16, How::read, code);
+        if (!access_shared(to, 16, How::write, code)) {
+            fault(cudaErrorIllegalAddress, text("copy past shared memory", to, 16, How::write),
+                  code);
+        }
+        std::memcpy(shared, global, 16);
+    }
+    current->copies.clear();
+}
 
 std::uint64_t atomic(AtomicOperation operation, void* address, unsigned bytes, bool is_signed,
                      std::uint64_t operand, std::uint64_t compare) {
@@ -229,9 +271,9 @@ std::uint64_t atomic(AtomicOperation operation, void* address, unsigned bytes, b
     auto const at = reinterpret_cast<std::uintptr_t>(address);
     const void* const code = __builtin_return_address(0);
     if (at % bytes != 0) {
-        fault(cudaErrorMisalignedAddress, text("misaligned atomic", at, bytes, true), code);
+        fault(cudaErrorMisalignedAddress, text("misaligned atomic", at, bytes, How::atomic), code);
     }
-    check(at, bytes, true, code);
+    check(at, bytes, How::atomic, code);
     return bytes == 4 ? apply(std::uint32_t{}, std::int32_t{})
                       : apply(std::uint64_t{}, std::int64_t{});
 }
@@ -242,19 +284,20 @@ std::uint64_t atomic(AtomicOperation operation, void* address, unsigned bytes, b
 
 using emulator::current;
 using emulator::fault;
+using emulator::How;
 
-#define EMULATOR_ACCESS(bytes)                                                      \
-    extern "C" void __tsan_read##bytes(void* p) {                                   \
-        emulator::check<bytes>(p, false, __builtin_return_address(0));              \
-    }                                                                               \
-    extern "C" void __tsan_write##bytes(void* p) {                                  \
-        emulator::check<bytes>(p, true, __builtin_return_address(0));               \
-    }                                                                               \
-    extern "C" void __tsan_unaligned_read##bytes(void* p) {                         \
-        emulator::check<bytes>(p, false, __builtin_return_address(0));              \
-    }                                                                               \
-    extern "C" void __tsan_unaligned_write##bytes(void* p) {                        \
-        emulator::check<bytes>(p, true, __builtin_return_address(0));               \
+#define EMULATOR_ACCESS(bytes)                                              \
+    extern "C" void __tsan_read##bytes(void* p) {                           \
+        emulator::check<bytes>(p, How::read, __builtin_return_address(0));  \
+    }                                                                       \
+    extern "C" void __tsan_write##bytes(void* p) {                          \
+        emulator::check<bytes>(p, How::write, __builtin_return_address(0)); \
+    }                                                                       \
+    extern "C" void __tsan_unaligned_read##bytes(void* p) {                 \
+        emulator::check<bytes>(p, How::read, __builtin_return_address(0));  \
+    }                                                                       \
+    extern "C" void __tsan_unaligned_write##bytes(void* p) {                \
+        emulator::check<bytes>(p, How::write, __builtin_return_address(0)); \
     }
 EMULATOR_ACCESS(1)
 EMULATOR_ACCESS(2)
@@ -269,11 +312,13 @@ void __tsan_init() {}
 
 void __tsan_read_range(void* p, std::size_t bytes) {
     if (current == nullptr) return;
-    emulator::check(reinterpret_cast<std::uintptr_t>(p), bytes, false, __builtin_return_address(0));
+    emulator::check(reinterpret_cast<std::uintptr_t>(p), bytes, How::read,
+                    __builtin_return_address(0));
 }
 void __tsan_write_range(void* p, std::size_t bytes) {
     if (current == nullptr) return;
-    emulator::check(reinterpret_cast<std::uintptr_t>(p), bytes, true, __builtin_return_address(0));
+    emulator::check(reinterpret_cast<std::uintptr_t>(p), bytes, How::write,
+                    __builtin_return_address(0));
 }
 
 // Launchers' static variables ask this of their guards.

@@ -14,8 +14,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -51,8 +50,9 @@ KERNEL = [
     "-fsanitize=thread,alignment,bounds",
     "--param tsan-instrument-func-entry-exit=0",
 ]
-HOST = [*COMMON, "-O2", "-fvisibility=hidden"]
-TORCH_FREE_RUNTIME = [
+HOST = [*COMMON, "-O1", "-fvisibility=hidden"]
+RUNTIME = [*COMMON, "-O2", "-fvisibility=hidden"]
+RUNTIME_SOURCES = [
     HERE / name for name in ("access.cpp", "fiber.cpp", "host.cpp", "machine.cpp", "memory.cpp")
 ]
 
@@ -76,15 +76,6 @@ def torch_flags() -> tuple[list[str], list[str]]:
         "-lc10 -ltorch_cpu -ltorch -ltorch_python",
     ]
     return compile_flags, link_flags
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes out that would build the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class Ninja:
@@ -113,7 +104,7 @@ class Ninja:
             self.objects.append(object_file)
 
     def link(self, binary: Path, flags: Sequence[str]) -> None:
-        """Bring the binary up to date.
+        """Bring the binary up to date, while no other process does.
 
         Raises:
             RuntimeError: the build failed; the message is what the compiler said.
@@ -121,10 +112,14 @@ class Ninja:
         objects = " ".join(map(str, self.objects))
         self.lines += [f"build {binary}: link {objects}", f"  flags = {' '.join(flags)}", ""]
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "build.ninja").write_text("\n".join(self.lines))
         jobs = os.environ.get("MAX_JOBS")
         command = ["ninja", "-k", "0", "-C", str(self.folder), *(["-j", jobs] if jobs else [])]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        with (self.folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (self.folder / "build.ninja").write_text("\n".join(self.lines))
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
         if done.returncode != 0:
             raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stdout}")
 
@@ -155,7 +150,7 @@ def build_package() -> Path:
     ninja.compile(sorted(csrc.rglob("*.cu")), KERNEL)
     ninja.compile(sorted(csrc.rglob("*.cpp")), [*HOST, *torch_compile])
     ninja.compile([HERE / "torch_allocator.cpp"], [*HOST, *torch_compile])
-    ninja.compile(TORCH_FREE_RUNTIME, HOST)
+    ninja.compile(RUNTIME_SOURCES, RUNTIME)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     ninja.link(package / f"_C{suffix}", ["-shared", *torch_link, "-ldl"])
     return OUT
@@ -167,7 +162,7 @@ def build_program(sources: Sequence[Path], binary: Path, link_flags: Sequence[st
     ninja = Ninja(folder)
     ninja.compile([s.resolve() for s in sources if s.suffix == ".cu"], KERNEL)
     ninja.compile([s.resolve() for s in sources if s.suffix != ".cu"], HOST)
-    ninja.compile(TORCH_FREE_RUNTIME, HOST)
+    ninja.compile(RUNTIME_SOURCES, RUNTIME)
     ninja.link(binary.resolve(), [*link_flags, "-rdynamic", "-ldl"])
 
 

@@ -1,6 +1,5 @@
 // The host's side of CUDA: errors, the device's properties, memory; and what Python asks.
 #include <cuda_runtime.h>
-#include <cxxabi.h>
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -8,6 +7,8 @@
 #include <cstring>
 #include <map>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "machine.h"
 #include "memory.h"
@@ -35,22 +36,47 @@ int compute_capability() {
     return capability;
 }
 
-std::string describe_code(const void* code) {
+namespace {
+
+// One line for each function, the innermost first: "name at file:line".
+std::vector<std::string> functions_at(const void* code) {
+    std::vector<std::string> lines;
     Dl_info info{};
-    if (dladdr(code, &info) == 0) return "unknown code";
+    if (dladdr(code, &info) == 0) return lines;
     char command[1024];
     std::snprintf(command, sizeof(command), "addr2line -Cfpie '%s' %#tx", info.dli_fname,
                   static_cast<const char*>(code) - static_cast<const char*>(info.dli_fbase));
+    FILE* const output = popen(command, "r");
+    if (output == nullptr) return lines;
+    char buffer[4096];
     std::string text;
-    if (FILE* const output = popen(command, "r")) {
-        char buffer[4096];
-        while (std::size_t const bytes = std::fread(buffer, 1, sizeof(buffer), output)) {
-            text.append(buffer, bytes);
-        }
-        pclose(output);
+    while (std::size_t const bytes = std::fread(buffer, 1, sizeof(buffer), output)) {
+        text.append(buffer, bytes);
     }
-    text.resize(text.find_last_not_of('\n') + 1);
+    pclose(output);
+    constexpr std::string_view kInlined = " (inlined by) ";
+    for (std::size_t begin = 0, end; (end = text.find('\n', begin)) != text.npos; begin = end + 1) {
+        if (text.compare(begin, kInlined.size(), kInlined) == 0) begin += kInlined.size();
+        lines.push_back(text.substr(begin, end - begin));
+    }
+    return lines;
+}
+
+}  // namespace
+
+std::string describe_code(const void* code) {
+    constexpr std::size_t kMostLines = 4;
+    std::vector<std::string> lines = functions_at(code);
+    if (lines.empty()) return "unknown code";
+    lines.resize(std::min(lines.size(), kMostLines));
+    std::string text;
+    for (const std::string& line : lines) text += (text.empty() ? "" : ", inlined into ") + line;
     return text;
+}
+
+std::string outermost_function(const void* code) {
+    std::vector<std::string> const lines = functions_at(code);
+    return lines.empty() ? "unknown code" : lines.back().substr(0, lines.back().rfind(" at "));
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
@@ -186,9 +212,6 @@ EMULATOR_EXPORT const char* emulator_launched_kernel(std::size_t launch) {
     static std::map<const void*, std::string> names;
     const void* const kernel = emulator::machine.launched.at(launch);
     std::string& name = names[kernel];
-    if (name.empty()) {
-        name = emulator::describe_code(kernel);
-        name.resize(std::min(name.size(), name.rfind(" at ")));
-    }
+    if (name.empty()) name = emulator::outermost_function(kernel);
     return name.c_str();
 }

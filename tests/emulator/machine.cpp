@@ -142,7 +142,6 @@ struct Shape {
     std::uint64_t blocks;
     unsigned cluster_blocks = 1;
     bool is_cooperative = false;
-    bool is_clustered = false;
 
     unsigned block_warps() const { return (block_threads + kWarpLanes - 1) / kWarpLanes; }
 };
@@ -189,12 +188,21 @@ cudaError_t examine(const cudaLaunchConfig_t& config, const Call& call, Shape& s
             if (x == 0 || x > kMaxClusterBlocks || y != 1 || z != 1 || config.gridDim.x % x != 0) {
                 return cudaErrorInvalidClusterSize;
             }
-            shape.is_clustered = true;
             shape.cluster_blocks = x;
         }
     }
     if (call.parameter_bytes > kMaxParameterBytes) return cudaErrorInvalidValue;
     return examine_shared(shape, call.kernel, config.dynamicSmemBytes, 0);
+}
+
+unsigned char* stack_of(std::size_t thread) {
+    auto const nth = [](std::size_t n) {
+        return machine.stacks + n * (kGuardBytes + kStackBytes) + kGuardBytes;
+    };
+    while (machine.usable_stacks <= thread) {
+        mprotect(nth(machine.usable_stacks++), kStackBytes, PROT_READ | PROT_WRITE);
+    }
+    return nth(thread);
 }
 
 // Makes these clusters of the grid the resident ones, ready to run.
@@ -237,9 +245,11 @@ void place_clusters(const Shape& shape, const std::uint64_t* numbers, unsigned c
         thread.warp->ready |= 1u << thread.lane;
         thread.index = index_in(machine.block_dim, number);
         thread.has_shared = false;
-        unsigned char* const stack = machine.stacks + i * (kGuardBytes + kStackBytes) + kGuardBytes;
+        thread.copies.clear();
+        unsigned char* const stack = stack_of(i);
         thread.stack = stack;
-        thread.fiber.prepare(stack, kStackBytes, &run_thread);
+        // Stacks that all began at the same place of a page would share a few lines of the cache.
+        thread.fiber.prepare(stack, kStackBytes - i % 64 * 64, &run_thread);
     }
     for (Warp& warp : machine.warps) machine.ready_warps.push_back(&warp);
 }
@@ -265,12 +275,7 @@ void run_grid(const Shape& shape) {
 
 Machine::Machine()
     : stacks(reserve(kMaxThreads * (kGuardBytes + kStackBytes), PROT_NONE)),
-      shared(reserve(kMaxBlocks * kSharedSlot, PROT_READ | PROT_WRITE)) {
-    for (unsigned i = 0; i < kMaxThreads; ++i) {
-        void* const stack = stacks + i * (kGuardBytes + kStackBytes) + kGuardBytes;
-        mprotect(stack, kStackBytes, PROT_READ | PROT_WRITE);
-    }
-}
+      shared(reserve(kMaxBlocks * kSharedSlot, PROT_READ | PROT_WRITE)) {}
 
 cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const Call& call, std::string& why) {
     std::lock_guard<std::mutex> const lock(launching);
@@ -280,14 +285,13 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const Call& call, st
     machine.grid_dim = config.gridDim;
     machine.dynamic_shared = config.dynamicSmemBytes;
     machine.is_cooperative = shape.is_cooperative;
-    machine.is_clustered = shape.is_clustered;
     machine.call = call;
     machine.error = cudaSuccess;
     machine.launched.push_back(call.kernel);
     run_grid(shape);
     if (machine.error != cudaSuccess) {
-        why = machine.fault + " in " + describe_code(call.kernel);
-        if (machine.fault_code != nullptr) why += ", at " + describe_code(machine.fault_code);
+        why = machine.fault + " of " + outermost_function(call.kernel);
+        if (machine.fault_code != nullptr) why += ", in " + describe_code(machine.fault_code);
     }
     // What a kernel declares is known once it has run.
     if (machine.error != cudaSuccess) return machine.error;
@@ -298,7 +302,9 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const Call& call, st
 cudaError_t max_active_clusters(int* clusters, const cudaLaunchConfig_t& config) {
     Shape shape{};
     cudaError_t const error = examine(config, {}, shape);
-    *clusters = error == cudaSuccess ? resident_blocks(shape, config.dynamicSmemBytes) / shape.cluster_blocks : 0;
+    *clusters = error == cudaSuccess
+                    ? resident_blocks(shape, config.dynamicSmemBytes) / shape.cluster_blocks
+                    : 0;
     return error;
 }
 
@@ -351,8 +357,10 @@ void* map_shared_rank(const void* address, unsigned rank) {
     auto const offset = static_cast<std::size_t>(static_cast<const unsigned char*>(address) -
                                                  own.shared);  // huge where it is in front
     if (offset >= kSharedSlot || rank >= own.cluster->blocks) {
-        fault(cudaErrorIllegalAddress, "map_shared_rank() of what is not the block's shared memory "
-                                       "or to a rank that the cluster does not have");
+        fault(cudaErrorIllegalAddress,
+              "map_shared_rank() of what is not the block's shared memory or to a rank that the "
+              "cluster does not have",
+              __builtin_return_address(0));
     }
     return machine.blocks[own.cluster->first_block + rank].shared + offset;
 }

@@ -1,12 +1,13 @@
-// The emulated device: runs the threads of a launch as fibers and knows what each of them may touch.
+// The emulated device: runs the threads of a launch as fibers and knows what each of them may
+// touch.
 //
 // The threads that are resident together (all blocks of a cooperative grid, else a few blocks or
 // clusters at a time) take turns: one runs until it waits, for its warp or at a barrier. Who comes
 // next is drawn at random, so that a result which depends on the order differs between launches.
 //
-// Kernels are compiled with -fsanitize=thread,alignment,bounds, and access.cpp is the runtime behind
-// those switches: it sees every access of a kernel to memory before it happens. A fault ends the
-// launch with an error whose string says what happened and where; the process goes on.
+// Kernels are compiled with -fsanitize=thread,alignment,bounds, and access.cpp is the runtime
+// behind those switches: it sees every access of a kernel to memory before it happens. A fault ends
+// the launch with an error whose string says what happened and where; the process goes on.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,6 +16,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -87,7 +89,8 @@ struct Thread {
     unsigned lane;
     uint3 index;
     bool has_shared;
-    Where where;  // it waits
+    Where where;                                        // it waits
+    std::vector<std::pair<void*, const void*>> copies;  // that it has not waited for
     // The warp operation in which it waits; its result is left in `bits`.
     WarpOperation operation;
     unsigned mask;
@@ -115,7 +118,6 @@ struct Machine {
     dim3 block_dim, grid_dim;
     std::size_t dynamic_shared = 0;
     bool is_cooperative = false;
-    bool is_clustered = false;
     Call call{};
 
     std::vector<Thread> threads;  // the resident ones, kWarpLanes for each warp
@@ -127,7 +129,8 @@ struct Machine {
     unsigned alive = 0;              // threads that have not ended
 
     Fiber host;
-    unsigned char* stacks;  // kMaxThreads of them, each with a guard below
+    unsigned char* stacks;  // room for kMaxThreads of them, each with a guard below
+    std::size_t usable_stacks = 0;
     unsigned char* shared;  // kMaxBlocks slots
 
     Random random;
@@ -155,12 +158,16 @@ void yield();
 // Runs a kernel to its end. `why` is left as it is unless a fault ended it.
 cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const Call& call, std::string& why);
 
-// What stands at an address of the program: functions, files and lines.
+// What stands at an address of the program: the function with its file and line, and the next few
+// functions into which it is inlined; or the outermost of them all, by name alone.
 std::string describe_code(const void* code);
+std::string outermost_function(const void* code);
 
-// Whether the running thread may access these bytes in shared memory; ends the launch if not.
-// Returns false for addresses that are not shared memory at all.
-bool access_shared(std::uintptr_t address, std::size_t bytes, bool write, const void* code);
+enum class How { read, write, atomic };
+
+// Looks at an access of the running thread to shared memory, and ends the launch if there is
+// something wrong with it. False for addresses that are not shared memory at all.
+bool access_shared(std::uintptr_t address, std::size_t bytes, How how, const void* code);
 void forget_shared(const Block& block);
 
 }  // namespace emulator

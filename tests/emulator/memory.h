@@ -9,7 +9,8 @@
 namespace emulator {
 
 // Addresses are kept to the byte: for every eight bytes of memory, how many of them, from the first
-// on, belong to the device. The table has two levels, the second made where it is needed.
+// on, belong to the device. The table has two levels. Its pages are made where they are needed, and
+// what belongs to the device as a whole shares one page.
 class DeviceMemory {
 public:
     void add(const void* begin, std::size_t bytes) { mark(begin, bytes, true); }
@@ -46,8 +47,9 @@ private:
 
 inline constinit DeviceMemory device_memory{};
 
-// Device memory of its own: 0xff in every byte, NaN in every floating-point type, and nothing that
-// may be touched on either side.
+// Device memory of its own, with nothing that may be touched on either side. Every byte of it is
+// 0xff, which is NaN in every floating-point type; over 64 MiB, pages that are never touched stay
+// without memory instead.
 void* allocate(std::size_t bytes);
 void release(void* memory);
 

@@ -27,8 +27,8 @@ inline const char* run(const LaunchShape& shape, void (*kernel)(float*)) {
 }  // namespace planted
 
 // PLANT(kernel, blocks, threads, the rest as designated initialisers of LaunchShape)
-#define PLANT(kernel, blocks_, threads_, ...)                                                 \
-    extern "C" const char* plant_##kernel(bool faulty) {                                      \
-        return planted::run({.blocks = blocks_, .threads = threads_, __VA_ARGS__},            \
-                            faulty ? planted::kernel<true> : planted::kernel<false>);         \
+#define PLANT(kernel, blocks_, threads_, ...)                                         \
+    extern "C" const char* plant_##kernel(bool faulty) {                              \
+        return planted::run({.blocks = blocks_, .threads = threads_, __VA_ARGS__},    \
+                            faulty ? planted::kernel<true> : planted::kernel<false>); \
     }

@@ -1,6 +1,7 @@
 // Shared memory: bounds, reads of what was never written, accesses with no barrier between.
 #include <cooperative_groups.h>
 
+#include "core/cuda_vector.cuh"
 #include "plant.h"
 
 namespace planted {
@@ -106,12 +107,38 @@ __global__ void two_writers_of_one_byte(float* memory) {
 }
 
 template <bool faulty>
+__global__ void atomic_and_ordinary_write(float* memory) {
+    auto& shared = block_shared<unsigned>();
+    if (threadIdx.x == 0) shared = 0;
+    __syncthreads();
+    if (faulty && threadIdx.x == 0) shared = 1;
+    atomicAdd(&shared, 1u);
+    __syncthreads();
+    memory[threadIdx.x] = static_cast<float>(shared);
+}
+
+template <bool faulty>
 __global__ void declared_twice(float* memory) {
     auto& shared = block_shared<Shared>();
     shared.first[0] = 1;
     memory[0] = shared.first[0];
-    if (faulty) memory[1] = static_cast<float>(sizeof(block_shared<Shared>().first));
     if (faulty) block_shared<Shared>().first[0] = 1;
+}
+
+template <bool faulty>
+__global__ void copy_that_nobody_waited_for(float* memory) {
+    auto& shared = block_shared<Shared>();
+    fusedstep::copy_async(&shared.first[4 * threadIdx.x], memory + 4 * threadIdx.x);
+    if (!faulty) fusedstep::wait_for_copies();
+    memory[threadIdx.x] = shared.first[4 * threadIdx.x];
+}
+
+template <bool faulty>
+__global__ void misaligned_copy(float* memory) {
+    auto& shared = block_shared<Shared>();
+    fusedstep::copy_async(&shared.first[0], memory + (faulty ? 1 : 4));
+    fusedstep::wait_for_copies();
+    memory[0] = shared.first[0];
 }
 
 template <bool faulty>
@@ -161,7 +188,10 @@ PLANT(read_behind_the_wrong_barrier, 1, 64)
 PLANT(write_before_all_have_read, 1, 64)
 PLANT(two_writers, 1, 64)
 PLANT(two_writers_of_one_byte, 1, 64)
+PLANT(atomic_and_ordinary_write, 1, 64)
 PLANT(declared_twice, 1, 1)
+PLANT(copy_that_nobody_waited_for, 1, 16)
+PLANT(misaligned_copy, 1, 1)
 PLANT(read_of_the_cluster_without_barrier, 2, 1, .cluster = 2)
 PLANT(read_of_a_block_that_has_ended, 2, 1, .cluster = 2)
 PLANT(rank_beyond_the_cluster, 2, 1, .cluster = 2)

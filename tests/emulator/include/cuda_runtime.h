@@ -198,6 +198,10 @@ void* block_shared(std::size_t bytes, std::size_t alignment);
 // The bytes that the launch asked for.
 void* dynamic_shared();
 
+// 16 bytes from global to shared memory, not there before the thread has waited for its copies.
+void copy_async(void* shared, const void* global);
+void wait_for_copies();
+
 void sync_block(Where);
 
 enum class WarpOperation { sync, ballot, shuffle, shuffle_up, shuffle_down, shuffle_xor };
@@ -205,7 +209,8 @@ std::uint64_t warp_operation(WarpOperation, unsigned mask, std::uint64_t bits, i
                              int width, Where);
 
 template <class T>
-T shuffle(WarpOperation operation, unsigned mask, T value, int operand, int width, Where where) {
+__forceinline__ T shuffle(WarpOperation operation, unsigned mask, T value, int operand, int width,
+                          Where where) {
     static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
     std::uint64_t bits = 0;
     std::memcpy(&bits, &value, sizeof(T));
@@ -219,7 +224,7 @@ std::uint64_t atomic(AtomicOperation, void* address, unsigned bytes, bool is_sig
                      std::uint64_t operand, std::uint64_t compare);
 
 template <class T>
-T atomic(AtomicOperation operation, T* address, T operand, T compare = {}) {
+__forceinline__ T atomic(AtomicOperation operation, T* address, T operand, T compare = {}) {
     static_assert(std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
     return static_cast<T>(atomic(operation, const_cast<void*>(static_cast<const void*>(address)),
                                  sizeof(T), std::is_signed_v<T>,
@@ -234,46 +239,46 @@ inline constexpr emulator::Coordinates<emulator::block_index> blockIdx{};
 inline constexpr emulator::Coordinates<emulator::block_dim> blockDim{};
 inline constexpr emulator::Coordinates<emulator::grid_dim> gridDim{};
 
-inline void __syncthreads(emulator::Where where = emulator::Where::current()) {
+__forceinline__ void __syncthreads(emulator::Where where = emulator::Where::current()) {
     emulator::sync_block(where);
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu,
-                       emulator::Where where = emulator::Where::current()) {
+__forceinline__ void __syncwarp(unsigned mask = 0xffffffffu,
+                                emulator::Where where = emulator::Where::current()) {
     emulator::warp_operation(emulator::WarpOperation::sync, mask, 0, 0, 32, where);
 }
-inline unsigned __ballot_sync(unsigned mask, int predicate,
-                              emulator::Where where = emulator::Where::current()) {
+__forceinline__ unsigned __ballot_sync(unsigned mask, int predicate,
+                                       emulator::Where where = emulator::Where::current()) {
     return static_cast<unsigned>(emulator::warp_operation(emulator::WarpOperation::ballot, mask,
                                                           predicate != 0, 0, 32, where));
 }
-inline int __any_sync(unsigned mask, int predicate,
-                      emulator::Where where = emulator::Where::current()) {
+__forceinline__ int __any_sync(unsigned mask, int predicate,
+                               emulator::Where where = emulator::Where::current()) {
     return __ballot_sync(mask, predicate, where) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate,
-                      emulator::Where where = emulator::Where::current()) {
+__forceinline__ int __all_sync(unsigned mask, int predicate,
+                               emulator::Where where = emulator::Where::current()) {
     return __ballot_sync(mask, predicate, where) == mask;
 }
 template <class T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
-              emulator::Where where = emulator::Where::current()) {
+__forceinline__ T __shfl_sync(unsigned mask, T value, int lane, int width = 32,
+                              emulator::Where where = emulator::Where::current()) {
     return emulator::shuffle(emulator::WarpOperation::shuffle, mask, value, lane, width, where);
 }
 template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                 emulator::Where where = emulator::Where::current()) {
+__forceinline__ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                 emulator::Where where = emulator::Where::current()) {
     return emulator::shuffle(emulator::WarpOperation::shuffle_up, mask, value,
                              static_cast<int>(delta), width, where);
 }
 template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
-                   emulator::Where where = emulator::Where::current()) {
+__forceinline__ T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                   emulator::Where where = emulator::Where::current()) {
     return emulator::shuffle(emulator::WarpOperation::shuffle_down, mask, value,
                              static_cast<int>(delta), width, where);
 }
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
-                  emulator::Where where = emulator::Where::current()) {
+__forceinline__ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
+                                  emulator::Where where = emulator::Where::current()) {
     return emulator::shuffle(emulator::WarpOperation::shuffle_xor, mask, value, lane_mask, width,
                              where);
 }
@@ -285,28 +290,29 @@ inline void __threadfence() {}
 inline void __threadfence_system() {}
 
 template <class T>
-T atomicAdd(T* address, std::type_identity_t<T> value) {
+__forceinline__ T atomicAdd(T* address, std::type_identity_t<T> value) {
     return emulator::atomic(emulator::AtomicOperation::add, address, value);
 }
 template <class T>
-T atomicMin(T* address, std::type_identity_t<T> value) {
+__forceinline__ T atomicMin(T* address, std::type_identity_t<T> value) {
     return emulator::atomic(emulator::AtomicOperation::min, address, value);
 }
 template <class T>
-T atomicMax(T* address, std::type_identity_t<T> value) {
+__forceinline__ T atomicMax(T* address, std::type_identity_t<T> value) {
     return emulator::atomic(emulator::AtomicOperation::max, address, value);
 }
 template <class T>
-T atomicExch(T* address, std::type_identity_t<T> value) {
+__forceinline__ T atomicExch(T* address, std::type_identity_t<T> value) {
     return emulator::atomic(emulator::AtomicOperation::exchange, address, value);
 }
 template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
+__forceinline__ T atomicCAS(T* address, std::type_identity_t<T> compare,
+                            std::type_identity_t<T> value) {
     return emulator::atomic(emulator::AtomicOperation::compare_and_swap, address, value, compare);
 }
 
 template <class T>
-T __ldg(const T* address) {
+__forceinline__ T __ldg(const T* address) {
     return *address;
 }
 inline float __expf(float x) { return std::exp(x); }

@@ -1,0 +1,247 @@
+// The SGD update on CUDA: one pass over memory that reads and writes each element once. A block
+// takes a range of chunks, and each of its threads every kUpdateThreads-th access. Threads share
+// nothing: results do not depend on the shape of the launch.
+#include "sgd/cuda_step.h"
+
+#include <cstring>
+#include <limits>
+
+#include "core/cuda_vector.cuh"
+#include "core/multi_tensor.h"
+#include "sgd/math.h"
+
+namespace fusedstep::sgd {
+namespace {
+
+__device__ __forceinline__ float mul_add(float x, float y, float z) { return fmaf(x, y, z); }
+__device__ __forceinline__ double mul_add(double x, double y, double z) { return fma(x, y, z); }
+
+template <class A>
+struct Update {
+    Coefficients<A> coefficients;
+    A grad_scale;
+    Momentum momentum;
+    bool nesterov;
+    bool weight_decay;
+};
+
+// The same elements of a parameter, its gradient and its momentum buffer. A block's share of one
+// parameter: less than 2^31 (update_shape).
+template <class T>
+struct Span {
+    T* param;
+    T* grad;
+    T* buffer;
+    int n;
+};
+
+// Updates the elements [begin, end) of a span in accesses of type Access: uint4 for kVectorLanes<T>
+// at once, where all arrays are aligned to it, T for one. A thread has loaded kInFlight accesses of
+// each array before it uses the first. It keeps them as they are loaded: 16-bit elements taken
+// apart would fill a register each.
+template <class Access, int kInFlight, bool unscale, class T>
+__device__ __forceinline__ void update_elements(const Update<acc_t<T>>& u, const Span<T>& span,
+                                                int begin, int end) {
+    using A = acc_t<T>;
+    constexpr int kLanes = sizeof(Access) / sizeof(T);
+    constexpr int kStride = kLanes * static_cast<int>(kUpdateThreads);
+    struct Lanes {
+        T lane[kLanes];
+    };
+    auto const at = [](T* array, int i) -> Access& {
+        return *reinterpret_cast<Access*>(array + i);
+    };
+    for (int i = begin + kLanes * static_cast<int>(threadIdx.x); i < end;
+         i += kInFlight * kStride) {
+        Access grad[kInFlight]{};
+        Access param[kInFlight]{};
+        Access buffer[kInFlight]{};
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            if (i + k * kStride < end) grad[k] = at(span.grad, i + k * kStride);
+        }
+        // Before the other arrays are loaded: a division takes the registers that they fill.
+        if constexpr (unscale) {
+#pragma unroll
+            for (int k = 0; k < kInFlight; ++k) {
+                if (i + k * kStride >= end) break;
+                auto g = bit_cast<Lanes>(grad[k]);
+#pragma unroll
+                for (T& x : g.lane) x = from_acc<T>(to_acc(x) / u.grad_scale);
+                grad[k] = bit_cast<Access>(g);
+                at(span.grad, i + k * kStride) = grad[k];
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            if (i + k * kStride >= end) break;
+            param[k] = at(span.param, i + k * kStride);
+            if (u.momentum == Momentum::running) buffer[k] = at(span.buffer, i + k * kStride);
+        }
+#pragma unroll
+        for (int k = 0; k < kInFlight; ++k) {
+            if (i + k * kStride >= end) break;
+            auto const g = bit_cast<Lanes>(grad[k]);
+            auto p = bit_cast<Lanes>(param[k]);
+            auto b = bit_cast<Lanes>(buffer[k]);
+            with_rule(u.momentum, u.nesterov, u.weight_decay,
+                      [&](auto rule) __attribute__((always_inline)) {
+#pragma unroll
+                          for (int lane = 0; lane < kLanes; ++lane) {
+                              A new_buffer = to_acc(b.lane[lane]);
+                              A const new_param = update<decltype(rule)>(
+                                  to_acc(p.lane[lane]), to_acc(g.lane[lane]), new_buffer,
+                                  u.coefficients, [](A x, A y, A z) { return mul_add(x, y, z); });
+                              p.lane[lane] = from_acc<T>(new_param);
+                              b.lane[lane] = from_acc<T>(new_buffer);
+                          }
+                      });
+            if (u.momentum != Momentum::none) {
+                at(span.buffer, i + k * kStride) = bit_cast<Access>(b);
+            }
+            at(span.param, i + k * kStride) = bit_cast<Access>(p);
+        }
+    }
+}
+
+template <bool unscale, class T>
+__device__ __forceinline__ void update_span(const Update<acc_t<T>>& u, const Span<T>& span) {
+    constexpr int kVectorsInFlight = 2;
+    constexpr int kElementsInFlight = 4;
+    int tail = 0;
+    if (is_vector_aligned(span.param) && is_vector_aligned(span.grad) &&
+        is_vector_aligned(span.buffer)) {
+        tail = span.n / kVectorLanes<T> * kVectorLanes<T>;
+        update_elements<uint4, kVectorsInFlight, unscale>(u, span, 0, tail);
+    }
+    update_elements<T, kElementsInFlight, unscale>(u, span, tail, span.n);
+}
+
+// The negative zero: whatever is added to it stays what it is.
+template <class T>
+__device__ __forceinline__ void fill_negative_zero(T* array, int n) {
+    for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(kUpdateThreads)) {
+        array[i] = from_acc<T>(-acc_t<T>{0});
+    }
+}
+
+// A pointer that an Entry holds. Where it is read from memory, and not from the parameters, the
+// compiler has to be told that it points to global memory to access that as such.
+template <class T>
+__device__ __forceinline__ T* global(void* array) {
+#if defined(__CUDA_ARCH__)
+    __builtin_assume(__isGlobal(array));
+#endif
+    return static_cast<T*>(array);
+}
+
+__device__ __forceinline__ double load_number(const void* number, DType dtype) {
+    return dispatch(dtype, [number](auto tag) -> double {
+        return to_acc(*static_cast<const typename decltype(tag)::type*>(number));
+    });
+}
+
+template <class T>
+__device__ __forceinline__ void update_entry(const UpdateHeader& step, const Hyperparameters& h,
+                                             const Entry& entry, std::int64_t begin,
+                                             std::int64_t end) {
+    using A = acc_t<T>;
+    // Without momentum the parameter stands in for the buffer, which nobody touches.
+    T* const buffer = global<T>(entry.momentum_buffer ? entry.momentum_buffer : entry.param);
+    Span<T> const span{global<T>(entry.param) + begin, global<T>(entry.grad) + begin,
+                       buffer + begin, static_cast<int>(end - begin)};
+    if (step.device_found_inf && *step.device_found_inf != 0) {
+        if (entry.first_step) fill_negative_zero(span.buffer, span.n);
+        return;
+    }
+    double const lr = h.device_lr ? load_number(h.device_lr, h.device_lr_dtype) : h.lr;
+    double const grad_scale = step.device_grad_scale ? *step.device_grad_scale : step.grad_scale;
+    Update<A> const u{coefficients<A>(h, lr, [](A x) { return x; }), static_cast<A>(grad_scale),
+                      momentum_of(h, entry.first_step), h.nesterov, h.weight_decay != 0};
+    grad_scale == 1 ? update_span<false>(u, span) : update_span<true>(u, span);
+}
+
+__device__ __forceinline__ void update_block(const UpdateHeader& step, const unsigned char* table) {
+    auto const* const groups = reinterpret_cast<const Hyperparameters*>(table);
+    auto const* const entries = reinterpret_cast<const Entry*>(groups + step.group_count);
+    auto const first_of = [&step](unsigned block) {
+        return static_cast<int>(std::int64_t{step.chunks} * block / gridDim.x);
+    };
+    for_each_span(entries, step.entry_count, first_of(blockIdx.x), first_of(blockIdx.x + 1),
+                  [&](const Entry& entry, std::int64_t begin, std::int64_t end)
+                      __attribute__((always_inline)) {
+                          dispatch(entry.dtype, [&](auto tag) __attribute__((always_inline)) {
+                              using T = typename decltype(tag)::type;
+                              update_entry<T>(step, groups[entry.group], entry, begin, end);
+                          });
+                      });
+}
+
+template <std::size_t kBytes>
+struct TableInParameters {
+    UpdateHeader header;
+    unsigned char bytes[kBytes - sizeof(UpdateHeader)];
+};
+using FewEntries = TableInParameters<kFewParameterBytes>;
+using ManyEntries = TableInParameters<kMostParameterBytes>;
+
+struct TableOnDevice {
+    UpdateHeader header;
+    const unsigned char* bytes;
+};
+
+template <class Table>
+__global__ __launch_bounds__(kMaxThreads,
+                             kMinBlocks) void update_kernel(const __grid_constant__ Table table) {
+    update_block(table.header, table.bytes);
+}
+
+UpdateHeader header_of(const Step& step, std::int64_t chunks) {
+    return {static_cast<std::int32_t>(step.group_count),
+            static_cast<std::int32_t>(step.entry_count),
+            static_cast<std::int32_t>(chunks),
+            step.grad_scale,
+            step.device_grad_scale,
+            step.device_found_inf};
+}
+
+template <class Table>
+cudaError_t launch_with(const Table& table, const DeviceLimits& limits, cudaStream_t stream) {
+    return launch(update_shape(table.header.chunks, limits), stream, update_kernel<Table>, table);
+}
+
+template <class Table>
+cudaError_t launch_with_parameters(const Step& step, const UpdateHeader& header,
+                                   const DeviceLimits& limits, cudaStream_t stream) {
+    Table table;
+    table.header = header;
+    write_table(step, table.bytes);
+    return launch_with(table, limits, stream);
+}
+
+}  // namespace
+
+void write_table(const Step& step, void* table) {
+    std::size_t const groups = static_cast<std::size_t>(step.group_count) * sizeof(Hyperparameters);
+    std::memcpy(table, step.groups, groups);
+    std::memcpy(static_cast<unsigned char*>(table) + groups, step.entries,
+                table_bytes(step) - groups);
+}
+
+cudaError_t cuda_update(const Step& step, const void* device_table, const DeviceLimits& limits,
+                        cudaStream_t stream) {
+    std::int64_t const chunks =
+        step.entry_count == 0 ? 0 : step.entries[step.entry_count - 1].extent.end_chunk();
+    if (chunks == 0) return cudaSuccess;
+    if (chunks > std::numeric_limits<std::int32_t>::max()) return cudaErrorInvalidValue;
+    UpdateHeader const header = header_of(step, chunks);
+    if (device_table) {
+        TableOnDevice const table{header, static_cast<const unsigned char*>(device_table)};
+        return launch_with(table, limits, stream);
+    }
+    return table_fits(step, kFewParameterBytes)
+               ? launch_with_parameters<FewEntries>(step, header, limits, stream)
+               : launch_with_parameters<ManyEntries>(step, header, limits, stream);
+}
+
+}  // namespace fusedstep::sgd
