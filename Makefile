@@ -40,8 +40,8 @@ test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for 
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/pytest $(PARALLEL)
 	$(BIN)/pytest $(PARALLEL) --device emulator \
-	    tests/test_cross_entropy.py tests/test_sgd.py tests/test_emulator.py \
-	    tests/test_every_kernel.py
+	    tests/test_cross_entropy.py tests/test_pointwise_loss.py tests/test_sgd.py \
+	    tests/test_emulator.py tests/test_every_kernel.py
 else
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 endif
@@ -63,7 +63,8 @@ cuda-build: $(CUDA_BUILT)  ## build with CUDA into .venv-cuda (needs nvcc, no GP
 cuda-test: $(CUDA_BUILT)  ## check the CUDA build's machine code and run the CPU tests on it
 	$(CUDA_BIN)/python -m fusedstep info
 	$(CUDA_BIN)/pytest $(PARALLEL) tests/test_cuda_resources.py tests/test_build.py \
-	    tests/test_cross_entropy.py tests/test_sgd.py tests/test_brief.py
+	    tests/test_cross_entropy.py tests/test_pointwise_loss.py tests/test_sgd.py \
+	    tests/test_brief.py
 
 gpu-check:  ## build, test, sanitize and measure on this machine's GPU, with PYTHON's torch, into OUT
 	$(PYTHON) tests/gpu/check.py $(OUT)

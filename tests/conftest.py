@@ -123,14 +123,18 @@ def default_device(request: pytest.FixtureRequest) -> Iterator[None]:
     The default tensor type, unlike torch.set_default_device(), is no mode around every function
     call: under such a mode calls go to torch's own operators.
     """
-    if request.config.getoption("--device") != "cuda":
+    if request.config.getoption("--device") == "cuda":
+        set_default_type("torch.cuda.FloatTensor")
         yield
-        return
+        set_default_type("torch.FloatTensor")
+    else:
+        yield
+
+
+def set_default_type(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated for set_default_device()
-        torch.set_default_tensor_type(torch.cuda.FloatTensor)
-        yield
-        torch.set_default_tensor_type(torch.FloatTensor)
+        torch.set_default_tensor_type(name)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class Kernel:
         return sum(n for name, n in self.instructions.items() if re.fullmatch(opcode, name))
 
 
-# By name and architecture: ("cross_entropy::scale_kernel<float>", "sm_90").
+# By name and architecture: ("scale_kernel<float>", "sm_90").
 Kernels: TypeAlias = dict[tuple[str, str], Kernel]
 
 

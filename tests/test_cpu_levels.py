@@ -36,7 +36,9 @@ def run(level: str, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["test_cross_entropy.py", "test_sgd.py"])
+@pytest.mark.parametrize(
+    "module", ["test_cross_entropy.py", "test_pointwise_loss.py", "test_sgd.py"]
+)
 @pytest.mark.parametrize("level", LEVELS)
 def test_kernels_at_level(level: str, module: str, pytestconfig: pytest.Config) -> None:
     if not machine_has(level):

@@ -16,13 +16,15 @@ from fusedstep import _build_info
 HOT = (
     r"cross_entropy::forward_kernel<(float|bfloat16|float16), false, .*>",
     r"cross_entropy::backward_kernel<(float|bfloat16|float16), false, .*>",
-    r"cross_entropy::scale_kernel<.*>",
+    r"scale_kernel<.*>",
+    r"pointwise_loss::(forward|backward)_kernel<.*>",
     r"sgd::update_kernel<.*>",
 )
 VECTORISED = (
     r"cross_entropy::forward_kernel<(float|bfloat16|float16), false, true, .*>",
     r"cross_entropy::backward_kernel<(float|bfloat16|float16), false, true>",
-    r"cross_entropy::scale_kernel<.*>",
+    r"scale_kernel<.*>",
+    r"pointwise_loss::(forward|backward)_kernel<.*, true>",
     r"sgd::update_kernel<.*>",
 )
 # From and to memory that is global, or through a pointer that the compiler knows nothing of.
@@ -95,7 +97,9 @@ GOOD_NAMES = [
     "void fusedstep::cross_entropy::(anonymous namespace)::forward_kernel<float, false, true, 8, "
     "fusedstep::cross_entropy::(anonymous namespace)::Group>(fusedstep::ForwardArgs, int)",
     "void fusedstep::cross_entropy::(anonymous namespace)::backward_kernel<float, false, true>()",
-    "void fusedstep::cross_entropy::(anonymous namespace)::scale_kernel<fusedstep::float16>()",
+    "void fusedstep::(anonymous namespace)::scale_kernel<float>()",
+    "void fusedstep::pointwise_loss::(anonymous namespace)::forward_kernel<double, true>()",
+    "void fusedstep::pointwise_loss::(anonymous namespace)::backward_kernel<double, true>()",
     "void fusedstep::sgd::(anonymous namespace)::update_kernel<fusedstep::sgd::Table<4ul> >()",
 ]
 

@@ -205,7 +205,12 @@ struct Outputs {
         : loss(call.is_reduced()
                    ? at::empty({}, call.input.options().dtype(loss_dtype))
                    : at::empty_like(call.input, call.input.options().dtype(loss_dtype))),
-          grad(std::move(grad_)) {}
+          grad(std::move(grad_)) {
+        at::ScalarType const type = call.input.scalar_type();
+        TORCH_CHECK(loss_dtype == type || loss_dtype == accumulate_type(type),
+                    "pointwise_loss: a loss of dtype ", loss_dtype, " does not fit input of dtype ",
+                    type);
+    }
     std::tuple<Tensor, Tensor> tuple(const Call& call) const {
         return {loss, grad.defined() ? grad : at::empty({0}, call.input.options())};
     }

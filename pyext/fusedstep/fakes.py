@@ -6,6 +6,13 @@ import torch
 from torch import Tensor
 
 
+def _check_devices(input: Tensor, target: Tensor) -> None:
+    torch._check(
+        input.device == target.device,
+        lambda: f"target is on {target.device}, but input on {input.device}",
+    )
+
+
 @torch.library.register_fake("fusedstep::cross_entropy_forward")
 def _cross_entropy_forward(
     input: Tensor,
@@ -18,6 +25,7 @@ def _cross_entropy_forward(
     with_grad: bool,
     with_stats: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(input, target)
     classes = input.shape[0 if input.dim() == 1 else 1]
     rows_shape = input.shape[1:] if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
     loss = input.new_empty(rows_shape if reduction == 0 else (), dtype=loss_dtype)
@@ -38,6 +46,7 @@ def _cross_entropy_backward(
     label_smoothing: float,
     stats: Tensor,
 ) -> Tensor:
+    _check_devices(input, target)
     return torch.empty_like(input)
 
 
@@ -53,6 +62,7 @@ def _pointwise_loss_forward(
     loss_dtype: torch.dtype,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(input, target)
     per_element = torch.empty_like(input, dtype=loss_dtype)
     loss = per_element if reduction == 0 else input.new_empty((), dtype=loss_dtype)
     grad = torch.empty_like(input) if with_grad else input.new_empty(0)
@@ -70,4 +80,5 @@ def _pointwise_loss_backward(
     reduction: int,
     parameter: float,
 ) -> Tensor:
+    _check_devices(input, target)
     return torch.empty_like(input)

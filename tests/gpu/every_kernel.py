@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -49,6 +49,21 @@ def cross_entropy(x: Tensor) -> None:
             loss.backward(torch.full_like(loss, 2.5))
 
 
+def pointwise_losses(device: str, dtype: torch.dtype) -> None:
+    """In vectors, with both ends of an array, and one by one."""
+    one, other = (torch.rand(3, 1027).to(device, dtype) for _ in range(2))
+    for x, t in ((one, other), (one[:, :35].t(), other[:, :35].t())):
+        bce = F.binary_cross_entropy_with_logits
+        losses: list[Callable[..., Tensor]] = [F.l1_loss, F.mse_loss, F.smooth_l1_loss]
+        losses += [F.huber_loss, bce, partial(bce, weight=x[:1], pos_weight=t[:1])]
+        for loss_of in losses:
+            for reduction in ("mean", "none"):
+                leaf = x.detach().requires_grad_()
+                loss = loss_of(leaf, t, reduction=reduction)
+                loss.backward(torch.ones_like(loss), retain_graph=True)
+                loss.backward(torch.full_like(loss, 2.5))
+
+
 def sgd(device: str, dtype: torch.dtype) -> None:
     """Few and many tensors, with and without momentum, aligned to vectors and not."""
     for count in (4, 100, 1500):
@@ -80,6 +95,7 @@ def run(device: str) -> None:
     for dtype in DTYPES:
         for x in logits(device, dtype):
             cross_entropy(x)
+        pointwise_losses(device, dtype)
         sgd(device, dtype)
     scaled_sgd(device)
 
