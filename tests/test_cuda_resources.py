@@ -17,14 +17,16 @@ HOT = (
     r"cross_entropy::forward_kernel<(float|bfloat16|float16), false, .*>",
     r"cross_entropy::backward_kernel<(float|bfloat16|float16), false, .*>",
     r"scale_kernel<.*>",
-    r"pointwise_loss::(forward|backward)_kernel<.*>",
+    r"pointwise_loss::forward_kernel<.*>",
+    r"pointwise_loss::backward_kernel<.*>",
     r"sgd::update_kernel<.*>",
 )
 VECTORISED = (
     r"cross_entropy::forward_kernel<(float|bfloat16|float16), false, true, .*>",
     r"cross_entropy::backward_kernel<(float|bfloat16|float16), false, true>",
     r"scale_kernel<.*>",
-    r"pointwise_loss::(forward|backward)_kernel<.*, true>",
+    r"pointwise_loss::forward_kernel<.*, true>",
+    r"pointwise_loss::backward_kernel<.*, true>",
     r"sgd::update_kernel<.*>",
 )
 # From and to memory that is global, or through a pointer that the compiler knows nothing of.
