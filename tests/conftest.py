@@ -138,6 +138,26 @@ def set_default_type(name: str) -> None:
 
 
 @pytest.fixture
+def on_cuda(request: pytest.FixtureRequest) -> bool:
+    """Whether CUDA's kernels are under test, on a card or on the emulator."""
+    return bool(request.config.getoption("--device") != "cpu")
+
+
+@pytest.fixture
+def card(request: pytest.FixtureRequest) -> str:
+    """The device of a test that the emulator cannot stand in for."""
+    if request.config.getoption("--device") != "cuda":
+        pytest.skip("needs a card")
+    return "cuda"
+
+
+@pytest.fixture
+def cpu_only(on_cuda: bool) -> None:
+    if on_cuda:
+        pytest.skip("about the CPU's kernels or memory")
+
+
+@pytest.fixture
 def launches(request: pytest.FixtureRequest) -> Launches:
     """``with launches() as kernels`` lists the names of fusedstep's kernels launched inside.
 

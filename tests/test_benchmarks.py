@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import bench_cross_entropy
+import bench_pointwise_loss
 import bench_sgd
 import bench_train_step
 import cli
@@ -39,6 +40,7 @@ BENCHMARKS = Path(cli.__file__).parent
 SCRIPTS = {
     "train_cnn": (training.Config, train_cnn.main),
     "bench_cross_entropy": (bench_cross_entropy.Options, bench_cross_entropy.main),
+    "bench_pointwise_loss": (bench_pointwise_loss.Options, bench_pointwise_loss.main),
     "bench_sgd": (bench_sgd.Options, bench_sgd.main),
     "bench_train_step": (bench_train_step.Options, bench_train_step.main),
     "gpu_check": (gpu_check.Options, gpu_check.main),
@@ -47,6 +49,7 @@ SCRIPTS = {
 # The smallest run of each benchmark.
 TINY = {
     "bench_cross_entropy": "--sizes 1x10,3x5 --no-shapes",
+    "bench_pointwise_loss": "--sizes 7,3x5 --losses mse_loss",
     "bench_sgd": "--sets lenet --modes plain,momentum",
     "bench_train_step": "--models lenet --batch-sizes 1 --modes plain",
 }
@@ -107,6 +110,9 @@ def refusal(script: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> 
         ("bench_cross_entropy", "--dtypes int8", "int8"),
         ("bench_cross_entropy", "--threads 0", "--threads"),
         ("bench_cross_entropy", "--json /no/such/folder/rows.json", "/no/such/folder/rows.json"),
+        ("bench_pointwise_loss", "--sizes 64x10,64x", "64x"),
+        ("bench_pointwise_loss", "--losses cross_entropy", "cross_entropy"),
+        ("bench_pointwise_loss", "--dtypes int8", "int8"),
         ("bench_sgd", "--sets vgg", "vgg"),
         ("bench_sgd", "--modes adam", "adam"),
         ("bench_train_step", "--models vgg", "vgg"),
@@ -473,6 +479,10 @@ ROW_KEYS = {
         *("case", "dtype", "native", "ours", "speedup", "floor_name", "floor", "over_floor"),
         *("copy_bandwidth", "peak_bytes"),
     },
+    "bench_pointwise_loss": {
+        *("loss", "size", "dtype", "native", "ours", "speedup", "floor_name", "floor"),
+        *("over_floor", "peak_bytes"),
+    },
     "bench_sgd": {
         *("set", "tensors", "floats", "mode", "native", "ours", "speedup", "floor", "bandwidth")
     },
@@ -526,6 +536,26 @@ def test_the_floor_follows_the_size(size: str, floor: str) -> None:
     assert bench_cross_entropy.bench(case, "float32", options, F.cross_entropy).floor_name == floor
 
 
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("dtype", bench_pointwise_loss.DTYPES)
+@pytest.mark.parametrize("loss", bench_pointwise_loss.LOSSES)
+def test_every_pointwise_loss_is_measured(loss: str, dtype: str, device: str) -> None:
+    options = bench_pointwise_loss.Options(device=device, quick=True)
+    case = bench_pointwise_loss.Case(loss, (2, 3, 5), dtype)
+    ours = getattr(cli.require_fusedstep().functional, loss)
+    row = bench_pointwise_loss.bench(case, options, ours)
+    assert (row.loss, row.size, row.dtype) == (loss, "2x3x5", dtype)
+    assert (row.peak_bytes is None) == (device == "cpu")
+
+
+@pytest.mark.parametrize(("size", "floor"), [(255_999, "round trip"), (256_000, "add")])
+@pytest.mark.usefixtures("short_blocks")
+def test_the_floor_of_a_pointwise_loss_follows_the_size(size: int, floor: str) -> None:
+    options = bench_pointwise_loss.Options(quick=True)
+    case = bench_pointwise_loss.Case("mse_loss", (size,), "float32")
+    assert bench_pointwise_loss.bench(case, options, F.mse_loss).floor_name == floor
+
+
 @pytest.mark.parametrize(
     ("name", "tensors", "floats"),
     [
@@ -545,8 +575,10 @@ def test_a_parameter_set_has_its_size(name: str, tensors: int, floats: int) -> N
     assert sum(math.prod(shape) for shape in shapes) == floats
 
 
-def slightly_wrong_loss(*arguments: Any, **options: Any) -> torch.Tensor:
-    loss = F.cross_entropy(*arguments, **options)
+def slightly_wrong_loss(
+    right: Callable[..., torch.Tensor], *arguments: Any, **options: Any
+) -> torch.Tensor:
+    loss = right(*arguments, **options)
     return loss + 1e-4 * (loss - loss.detach())  # the value is right, the gradient is not
 
 
@@ -560,9 +592,11 @@ def test_wrong_results_are_not_timed(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fusedstep = cli.require_fusedstep()
-    monkeypatch.setattr(fusedstep.functional, "cross_entropy", slightly_wrong_loss)
+    for loss in ("cross_entropy", "mse_loss"):
+        wrong = partial(slightly_wrong_loss, getattr(F, loss))
+        monkeypatch.setattr(fusedstep.functional, loss, wrong)
     monkeypatch.setattr(fusedstep, "SGD", SlightlyWrongSGD)
-    for module in (bench_cross_entropy, bench_sgd, bench_train_step):
+    for module in (bench_cross_entropy, bench_pointwise_loss, bench_sgd, bench_train_step):
         monkeypatch.setattr(module, "measure", lambda *arguments: pytest.fail("it was timed"))
     status, line = refusal(script, TINY[script], capsys)
     assert status == 1
@@ -634,7 +668,7 @@ def test_the_check_names_what_it_measures_and_what_it_cannot(
         "native": gpu_cases.OtherLoss(lambda: F.cross_entropy),
         "quack": gpu_cases.OtherLoss(lambda: F.cross_entropy, matrices_only=True),
         "Liger": gpu_cases.OtherLoss(lambda: Overwriting.apply, overwrites_logits=True),
-        "compile": gpu_cases.OtherLoss(lambda: slightly_wrong_loss),
+        "compile": gpu_cases.OtherLoss(lambda: partial(slightly_wrong_loss, F.cross_entropy)),
         "broken": gpu_cases.OtherLoss(lambda: refuse_everything),
         "missing": gpu_cases.OtherLoss(lambda: __import__("no_such_peer")),
     }

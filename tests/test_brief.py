@@ -14,7 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from fusedstep import SGD, CrossEntropyLoss
+from fusedstep import SGD, CrossEntropyLoss, L1Loss, MSELoss
 from models import NETWORKS
 
 
@@ -41,6 +41,31 @@ def network(request: pytest.FixtureRequest) -> tuple[nn.Module, int]:
 
 
 # ------------------------------------------------------------------ loss functions
+
+
+def test_worked_l1_and_mse() -> None:
+    inputs = torch.tensor([1, 2, 3], dtype=torch.float32)
+    targets = torch.tensor([1, 2, 5], dtype=torch.float32)
+    inputs = torch.reshape(inputs, (1, 1, 1, 3))
+    targets = torch.reshape(targets, (1, 1, 1, 3))
+    loss = L1Loss(reduction="sum")
+    result = loss(inputs, targets)
+    assert str(result) == "tensor(2.)"
+    assert str(L1Loss()(inputs, targets)) == "tensor(0.6667)"
+    loss_mse = MSELoss()
+    result_mse = loss_mse(inputs, targets)
+    assert str(result_mse) == "tensor(1.3333)"
+
+
+@pytest.mark.parametrize("loss", [L1Loss, MSELoss])
+def test_losses_of_elements_walk_back_to_the_network(loss: type[L1Loss] | type[MSELoss]) -> None:
+    net = nn.Linear(3, 2)
+    result = loss()(net(torch.randn(4, 3)), torch.randn(4, 2))
+    assert result.grad_fn is not None and result.grad_fn.name() == "PointwiseLossBackward0"
+    assert result.grad_fn.next_functions[0][0].name() == "AddmmBackward0"
+    assert net.weight.grad is None
+    result.backward()
+    assert net.weight.grad is not None
 
 
 def test_worked_cross_entropy() -> None:

@@ -47,26 +47,6 @@ def poisoned_outputs() -> Iterator[None]:
     torch._C._set_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def on_cuda(request: pytest.FixtureRequest) -> bool:
-    """Whether CUDA's kernels are under test, on a card or on the emulator."""
-    return bool(request.config.getoption("--device") != "cpu")
-
-
-@pytest.fixture
-def card(request: pytest.FixtureRequest) -> str:
-    """The device of a test that the emulator cannot stand in for."""
-    if request.config.getoption("--device") != "cuda":
-        pytest.skip("needs a card")
-    return "cuda"
-
-
-@pytest.fixture
-def cpu_only(on_cuda: bool) -> None:
-    if on_cuda:
-        pytest.skip("about the CPU's kernels or memory")
-
-
 @pytest.fixture(autouse=True)
 def no_target_fault_is_left() -> Iterator[None]:
     """An IndexError that CUDA still owes would hit the next test."""
@@ -1429,6 +1409,15 @@ def test_compiled_without_a_code_generator(device: str) -> None:
         loss.backward()
         results.append((loss.detach(), logits.grad))
     torch.testing.assert_close(*results)
+
+
+def test_a_default_device_is_no_reason_for_torchs_own_op() -> None:
+    logits, target = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
+    with torch.device("cpu"):
+        loss = F.cross_entropy(logits, target)
+        assert F.mse_loss(logits, logits.detach()).grad_fn.name() == "PointwiseLossBackward0"
+    assert loss.grad_fn is not None and loss.grad_fn.name() == "CrossEntropyBackward0"
+    torch.testing.assert_close(loss, native.cross_entropy(logits, target))
 
 
 def test_threads_of_a_program_may_share_it() -> None:

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedstep
 import fusedstep.functional as F
 import reference
-from test_cross_entropy import (  # the fixtures by name: pytest finds them in this module
+from test_cross_entropy import (  # the fixture by name: pytest finds it in this module
     BF16,
     DTYPES,
     F16,
@@ -38,11 +38,8 @@ from test_cross_entropy import (  # the fixtures by name: pytest finds them in t
     REDUCTIONS,
     TRANSFORMS,
     Logged,
-    card,  # noqa: F401
-    cpu_only,  # noqa: F401
     error,
     identical,
-    on_cuda,  # noqa: F401
     pairwise,
     peak_memory,
     place,

@@ -54,20 +54,6 @@ def name_of(options: dict[str, Any]) -> str:
     return "-".join(f"{k}={v}" for k, v in options.items() if v) or "plain"
 
 
-@pytest.fixture
-def on_cuda(request: pytest.FixtureRequest) -> bool:
-    """Whether CUDA's kernels are under test, on a card or on the emulator."""
-    return bool(request.config.getoption("--device") != "cpu")
-
-
-@pytest.fixture
-def card(request: pytest.FixtureRequest) -> str:
-    """The device of a test that the emulator cannot stand in for."""
-    if request.config.getoption("--device") != "cuda":
-        pytest.skip("needs a card")
-    return "cuda"
-
-
 def parameters(
     shapes: Iterable[Any], dtype: torch.dtype = F32, device: str | None = None
 ) -> list[nn.Parameter]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import _reduction as _Reduction
-from torch.overrides import handle_torch_function
+from torch.overrides import _get_current_function_mode_stack, handle_torch_function
+from torch.utils._device import DeviceContext
 
 from fusedstep import _C
 
@@ -100,10 +101,7 @@ def cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
         return loss
-    try:
-        fused = _C.cross_entropy(input, target, weight, code, ignore_index, label_smoothing)
-    except TypeError:  # not a number; torch's own op names the argument
-        fused = None
+    fused = _fused(_C.cross_entropy, input, target, weight, code, ignore_index, label_smoothing)
     if fused is not None:
         return fused
     return _torch(
@@ -323,10 +321,29 @@ def _pointwise_loss(
             input, target, weight, pos_weight, kind, code, parameter
         )
         return loss
+    return _fused(_C.pointwise_loss, input, target, weight, pos_weight, kind, code, parameter)
+
+
+def _fused(loss: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
+    """Return a loss that the kernels cover, or None: torch's own function has to run."""
     try:
-        return _C.pointwise_loss(input, target, weight, pos_weight, kind, code, parameter)
+        result = loss(*args)
+        if result is None and _is_default_device_all_that_watches():
+            with torch._C.DisableTorchFunction():
+                result = loss(*args)
     except TypeError:  # not a number; torch's own function names the argument
         return None
+    return result
+
+
+def _is_default_device_all_that_watches() -> bool:
+    """Whether function modes are active, and none but ``torch.set_default_device``'s.
+
+    It places new tensors, and a loss makes none that could lie elsewhere.
+    """
+    if not torch._C._is_torch_function_mode_enabled():
+        return False
+    return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
 def _torch(ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any) -> Tensor:
