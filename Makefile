@@ -17,6 +17,9 @@ CUDA_INSTALLED := $(CUDA_VENV)/installed
 CUDA_BUILT := build/cuda-built
 
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+ROOM_TESTS := $(patsubst csrc/%/torch.cpp,tests/test_%.py,$(wildcard csrc/*/torch.cpp))
+# Every CUDA kernel, on the emulator.
+EMULATED := --device emulator $(ROOM_TESTS) tests/test_emulator.py tests/test_every_kernel.py
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 SOURCES := $(shell find csrc -type f ! -name '*.md') setup.py pyproject.toml
 
@@ -39,9 +42,7 @@ train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" li
 test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for a part of it)
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/pytest $(PARALLEL)
-	$(BIN)/pytest $(PARALLEL) --device emulator \
-	    tests/test_cross_entropy.py tests/test_pointwise_loss.py tests/test_sgd.py \
-	    tests/test_emulator.py tests/test_every_kernel.py
+	$(BIN)/pytest $(PARALLEL) $(EMULATED)
 else
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 endif
@@ -60,11 +61,11 @@ format: $(INSTALLED)  ## rewrite the sources in the project's format
 
 cuda-build: $(CUDA_BUILT)  ## build with CUDA into .venv-cuda (needs nvcc, no GPU)
 
-cuda-test: $(CUDA_BUILT)  ## check the CUDA build's machine code and run the CPU tests on it
+cuda-test: $(CUDA_BUILT)  ## check the CUDA build's machine code, run CPU tests and emulator on it
 	$(CUDA_BIN)/python -m fusedstep info
 	$(CUDA_BIN)/pytest $(PARALLEL) tests/test_cuda_resources.py tests/test_build.py \
-	    tests/test_cross_entropy.py tests/test_pointwise_loss.py tests/test_sgd.py \
-	    tests/test_brief.py
+	    $(ROOM_TESTS) tests/test_brief.py
+	$(CUDA_BIN)/pytest $(PARALLEL) $(EMULATED)
 
 gpu-check:  ## build, test, sanitize and measure on this machine's GPU, with PYTHON's torch, into OUT
 	$(PYTHON) tests/gpu/check.py $(OUT)

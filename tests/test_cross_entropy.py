@@ -11,11 +11,11 @@ import pickle
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -29,22 +29,26 @@ from torch.utils.checkpoint import checkpoint
 import fusedstep
 import fusedstep.functional as F
 import reference
-
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-DTYPES = (F32, F64, BF16, F16)
-REDUCTIONS = ("none", "mean", "sum")
-identical = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """Fill what torch allocates uninitialised with NaN, so that an unwritten output shows.
-
-    The public switch, torch.use_deterministic_algorithms, imports the compiler first: seconds.
-    """
-    torch._C._set_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch._C._set_deterministic_algorithms(False)
+from numerics import (
+    BF16,
+    COMPUTE,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    REDUCTION_CODE,
+    REDUCTIONS,
+    TRANSFORMS,
+    Logged,
+    error,
+    identical,
+    pairwise,
+    peak_memory,
+    place,
+    poisoned_outputs,  # noqa: F401
+    slack,
+    whole_storage,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -109,24 +113,6 @@ class Case:
         return self.has_probabilities and self.ignore_index >= 0
 
 
-def place(
-    values: Tensor,
-    order: Sequence[int] | None = None,
-    steps: Mapping[int, int] | None = None,
-    offset: int = 0,
-) -> Tensor:
-    """The values in a buffer of their own: dimensions in `order` from outermost to innermost,
-    every `steps[dim]`-th element used, `offset` elements in front. The rest is garbage that shows
-    when it is read (NaN, or a class out of range)."""
-    strides, extent = [0] * values.dim(), 1
-    for dim in reversed(order if order is not None else range(values.dim())):
-        strides[dim] = extent * (steps or {}).get(dim, 1)
-        extent = strides[dim] * max(values.shape[dim], 1)
-    garbage = math.nan if values.is_floating_point() else torch.iinfo(values.dtype).max
-    buffer = torch.full((offset + extent + 1,), garbage, dtype=values.dtype, device=values.device)
-    return buffer.as_strided(values.shape, strides, offset).copy_(values)
-
-
 def _rows(values: Tensor, class_dim: int) -> list[int]:
     return [dim for dim in range(values.dim()) if dim != class_dim]
 
@@ -154,11 +140,6 @@ LAYOUTS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "expanded rows": lambda v, c: _expand(v, _rows(v, c)),
     "expanded classes": lambda v, c: _expand(v, _class(v, c)),
 }
-
-
-def whole_storage(tensor: Tensor) -> Tensor:
-    """Every byte of the buffer behind a view."""
-    return torch.tensor([], dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 @dataclass
@@ -241,39 +222,6 @@ def draw(case: Case, device: str) -> Inputs:
 
 # ------------------------------------------------------------------ the comparison
 
-# float64 is computed in float64, all else in float32; 16-bit results are rounded once, at the end.
-COMPUTE = {F64: F64, F32: F32, BF16: F32, F16: F32}
-
-
-def slack(dtype: torch.dtype) -> float:
-    """How far beyond torch's error ours may lie, relative to the scale of the terms.
-
-    Torch happens to be exact on some inputs, where any other order of operations is not. Four
-    units in the last place of the arithmetic pay for an exp within one unit and three further
-    roundings (shift, product, quotient); the reference itself is that inexact for float64, which
-    doubles them. Storing 16 bits costs half a unit of the storage.
-    """
-    compute = torch.finfo(COMPUTE[dtype]).eps * (8 if dtype is F64 else 4)
-    return compute + (0.5 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0)
-
-
-def smallest_step(dtype: torch.dtype) -> float:
-    """Below this, results may vanish: half of float16's spacing near zero, which gradients do
-    reach; elsewhere the smallest normal number, since exponentials may flush what is under it."""
-    info = torch.finfo(dtype)
-    return 0.5 * info.smallest_normal * info.eps if dtype is F16 else info.smallest_normal
-
-
-def error(actual: Tensor, expected: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
-    """The largest error, in multiples of the scale; infinite where only one side is finite."""
-    if actual.shape != expected.shape:
-        return math.inf
-    actual = actual.double()
-    agree = (actual == expected) | (actual.isnan() & expected.isnan())
-    excess = ((actual - expected).abs() - smallest_step(dtype)).clamp(min=0) / scale
-    excess = torch.where(agree | (excess == 0), 0.0, excess).nan_to_num(math.inf)
-    return excess.max().item() if excess.numel() else 0.0
-
 
 def check(case: Case, device: str) -> None:
     """No less accurate than torch on the same input; inputs untouched; torch's dtypes, shapes and
@@ -308,32 +256,6 @@ def check(case: Case, device: str) -> None:
         limit = min(error(t, truth, scale, case.dtype) for t in theirs) + slack(case.dtype)
         actual = error(ours, truth, scale, case.dtype)
         assert actual <= limit, f"{case}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
-
-
-def pairwise(axes: Mapping[str, Sequence[Any]], seed: int) -> list[dict[str, Any]]:
-    """Rows in which every value of every axis meets every value of every other axis."""
-
-    def pairs(row: dict[str, Any]) -> set[Any]:
-        return set(itertools.combinations(row.items(), 2))
-
-    rng = random.Random(seed)
-    names = list(axes)
-    missing = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x, y in itertools.product(axes[a], axes[b])
-    }
-    rows = []
-    while missing:
-        forced = dict(rng.choice(sorted(missing, key=repr)))
-        candidates = [
-            {name: forced.get(name, rng.choice(axes[name])) for name in names} for _ in range(30)
-        ]
-
-        best = max(candidates, key=lambda row: len(missing & pairs(row)))
-        missing -= pairs(best)
-        rows.append(best)
-    return rows
 
 
 # ------------------------------------------------------------------ the reference itself
@@ -962,25 +884,6 @@ def test_weight_gradient_like_torch(smoothing: float) -> None:
     torch.testing.assert_close(*results)
 
 
-TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
-    "grad": lambda f, x: torch.func.grad(f)(x),
-    "grad and value": lambda f, x: torch.func.grad_and_value(f)(x),
-    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.tensor(0.7, dtype=x.dtype)),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),)),
-    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x.sin(), x.cos()])),
-    "vmap in the middle": lambda f, x: torch.func.vmap(f, in_dims=1)(torch.stack([x, x.sin()], 1)),
-    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, x.sin()])),
-    "grad of grad": lambda f, x: torch.func.grad(lambda y: torch.func.grad(f)(y).square().sum())(x),
-    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
-    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
-    "hessian": lambda f, x: torch.func.hessian(f)(x),
-    "linearize": lambda f, x: torch.func.linearize(f, x)[1](x.cos()),
-    "functionalize": lambda f, x: torch.func.functionalize(f)(x),
-    "old jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x),
-    "old hessian": lambda f, x: torch.autograd.functional.hessian(f, x),
-}
-
-
 @pytest.mark.parametrize("target", ["long", "probabilities"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -1189,17 +1092,6 @@ def test_rows_do_not_depend_on_their_neighbours(device: str) -> None:
 # ------------------------------------------------------------------ memory
 
 
-def peak_memory(work: Callable[[], Any]) -> int:
-    """The most bytes that were allocated at once, counted from the start of the work."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        kept = work()
-    events = profile.profiler.kineto_results.events()
-    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
-    assert changes and kept is not None
-    return max(itertools.accumulate(changes))
-
-
 @pytest.mark.parametrize("shape", [(5, 7), (5, 700)], ids=str)
 def test_an_index_that_goes_out_of_range_behind_autograd_is_refused(
     shape: tuple[int, int], on_cuda: bool
@@ -1316,17 +1208,6 @@ def test_fake_tensors() -> None:
         assert isinstance(loss, FakeTensor)
         assert (loss.dtype, loss.shape) == (expected.dtype, expected.shape)
         assert isinstance(logits.grad, FakeTensor) and logits.grad.dtype == case.dtype
-
-
-class Logged(Tensor):
-    """A tensor subclass that notes which public functions it passes through."""
-
-    seen: ClassVar[list[Any]] = []
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        cls.seen.append(func)
-        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 @pytest.mark.parametrize("subclassed", ["input", "target", "weight"])
@@ -1599,7 +1480,6 @@ OPERATOR_SAMPLES = [
     Case(F32, (5, 7), "mean", target="probabilities"),
     Case(F32, (2, 7, 3), "none", True, 0.1, target="probabilities"),
 ]
-REDUCTION_CODE = {"none": 0, "mean": 1, "sum": 2}
 
 
 def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:

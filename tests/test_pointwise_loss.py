@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 import fusedstep
 import fusedstep.functional as F
 import reference
-from test_cross_entropy import (  # the fixture by name: pytest finds it in this module
+from numerics import (  # the fixture by name: pytest finds it in this module
     BF16,
     DTYPES,
     F16,
