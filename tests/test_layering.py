@@ -106,6 +106,8 @@ def foreign_includes(root: Path) -> Iterator[str]:
                 yield f"{where} reaches into another room: {name}"
             elif speaks_torch(target, root) and not speaks_torch(file, root):
                 yield f"{where} reaches for torch: {name}"
+            elif target.suffix == ".cuh" and file.suffix not in (".cu", ".cuh"):
+                yield f"{where} reaches for device code: {name}"
 
 
 def rooms_without_tests(root: Path) -> Iterator[str]:
@@ -175,6 +177,8 @@ CLEAN = {
     "csrc/sums/binding.h": "#include <ATen/core/Tensor.h>\n",
     "csrc/sums/sums.h": '#include "core/dtype.h"\nint format::sum(); std::atomic<int> at;\n',
     "csrc/sums/cpu.cpp": '#include "sums/sums.h"\n#include "sums.h"\n/* torch::Tensor */\n',
+    "csrc/sums/rows.cuh": '#include "sums/sums.h"\n',
+    "csrc/sums/cuda.cu": '#include "sums/rows.cuh"\n',
     "csrc/sums/torch.cpp": '#include <torch/library.h>\n#include "torch_glue/dtype.h"\n',
     "csrc/dots/torch.cpp": "TORCH_LIBRARY(dots, m) {}\n",
     "csrc/dots/dots.h": "#pragma once\n",
@@ -204,6 +208,7 @@ VIOLATIONS: list[tuple[Rule, str, str, str]] = [
     (foreign_includes, "csrc/core/dtype.h", '#include "../sums/sums.h"', "another room"),
     (foreign_includes, "csrc/torch_glue/dtype.h", '#include "sums/sums.h"', "another room"),
     (foreign_includes, "csrc/sums/cpu.cpp", '#include "binding.h"', "reaches for torch"),
+    (foreign_includes, "csrc/sums/sums.h", '#include "rows.cuh"', "device code: rows.cuh"),
     (foreign_includes, "csrc/sums/cpu.cpp", '#include "../../README.md"', "out of csrc"),
     (foreign_includes, "csrc/module.cpp", '#include "sums/gone.h"', "which is not there"),
     (rooms_without_tests, "csrc/maxima/torch.cpp", "", "no tests/test_maxima.py"),

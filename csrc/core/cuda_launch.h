@@ -18,6 +18,8 @@ struct DeviceLimits {
 inline constexpr int kReservedShared = 1024;
 
 inline constexpr int kWarp = 32;
+// Of the widest access to memory.
+inline constexpr int kVectorBytes = 16;
 
 // Kernels are compiled with __launch_bounds__(kMaxThreads, kMinBlocks): the compiler then uses at
 // most 64 registers a thread, so that this many threads fit on every multiprocessor from compute

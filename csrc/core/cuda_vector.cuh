@@ -5,11 +5,10 @@
 
 #include <cstdint>
 
+#include "core/cuda_launch.h"
 #include "core/dtype.h"
 
 namespace fusedstep {
-
-inline constexpr int kVectorBytes = 16;
 
 // Elements of T in one access.
 template <class T>

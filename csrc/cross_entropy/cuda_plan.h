@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "core/cuda_launch.h"
-#include "core/cuda_vector.cuh"
 #include "cross_entropy/cross_entropy.h"
 
 namespace fusedstep::cross_entropy {

@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include "core/cuda_launch.h"
-#include "core/cuda_vector.cuh"
 #include "pointwise_loss/pointwise_loss.h"
 
 namespace fusedstep::pointwise_loss {
