@@ -70,8 +70,7 @@ COUNTS = sorted(
 @pytest.fixture(scope="module")
 def plans() -> ctypes.CDLL:
     library = build.OUT / "launch_plans.so"
-    with build.locked(library):
-        build.build_program([Path(__file__).with_name("launch_plans.cpp")], library, ["-shared"])
+    build.build_program([Path(__file__).with_name("launch_plans.cpp")], library, ["-shared"])
     loaded = ctypes.CDLL(str(library))
     loaded.cross_entropy_plan.argtypes = [
         c_int64, c_int64, c_bool, c_bool, c_int, POINTER(Limits), POINTER(Plan),
