@@ -20,33 +20,31 @@ const at::Tensor* plain_tensor(py::handle object) {
     return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
 }
 
-// Tensors of one call as C++ sees them, if all are plain and nothing is watching calls.
+// Tensors of one call as C++ sees them, if all are plain and nothing is watching calls. Borrowed:
+// the call's arguments hold them.
 class PlainTensors {
 public:
     PlainTensors(std::initializer_list<py::handle> required,
                  std::initializer_list<py::handle> optional)
         : plain_(!at::impl::torch_function_mode_enabled()) {
         for (py::handle object : required) add(object);
-        for (py::handle object : optional) {
-            if (object.is_none()) {
-                tensors_.push_back(std::nullopt);
-            } else {
-                add(object);
-            }
-        }
+        for (py::handle object : optional)
+            object.is_none() ? tensors_.push_back(nullptr) : add(object);
     }
     explicit operator bool() const { return plain_; }
-    const std::optional<at::Tensor>& operator[](std::size_t i) const { return tensors_[i]; }
+    const at::Tensor& required(std::size_t i) const { return *tensors_[i]; }
+    std::optional<at::Tensor> optional(std::size_t i) const {
+        return tensors_[i] ? std::optional<at::Tensor>(*tensors_[i]) : std::nullopt;
+    }
 
 private:
     void add(py::handle object) {
-        const at::Tensor* const tensor = plain_tensor(object);
-        plain_ = plain_ && tensor;
-        tensors_.push_back(tensor ? std::optional<at::Tensor>(*tensor) : std::nullopt);
+        tensors_.push_back(plain_tensor(object));
+        plain_ = plain_ && tensors_.back();
     }
 
     bool plain_;
-    c10::SmallVector<std::optional<at::Tensor>, 4> tensors_;
+    c10::SmallVector<const at::Tensor*, 4> tensors_;
 };
 
 // The result of a loss, or None where torch's own function has to run.
@@ -66,8 +64,9 @@ py::object cross_entropy(py::handle input, py::handle target, py::handle weight,
     PlainTensors const tensors({input, target}, {weight});
     if (!tensors) return py::none();
     return without_gil([&] {
-        return fusedstep::cross_entropy::cross_entropy(*tensors[0], *tensors[1], tensors[2],
-                                                       reduction, ignore_index, label_smoothing);
+        return fusedstep::cross_entropy::cross_entropy(tensors.required(0), tensors.required(1),
+                                                       tensors.optional(2), reduction, ignore_index,
+                                                       label_smoothing);
     });
 }
 
@@ -77,8 +76,9 @@ py::object pointwise_loss(py::handle input, py::handle target, py::handle weight
     PlainTensors const tensors({input, target}, {weight, pos_weight});
     if (!tensors) return py::none();
     return without_gil([&] {
-        return fusedstep::pointwise_loss::pointwise_loss(*tensors[0], *tensors[1], tensors[2],
-                                                         tensors[3], kind, reduction, parameter);
+        return fusedstep::pointwise_loss::pointwise_loss(tensors.required(0), tensors.required(1),
+                                                         tensors.optional(2), tensors.optional(3),
+                                                         kind, reduction, parameter);
     });
 }
 

@@ -32,6 +32,13 @@
 #include "cross_entropy/cuda_plan.h"
 #include "cross_entropy/math.h"
 
+// Code for older devices must not name clusters.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define FUSEDSTEP_HAS_CLUSTERS 0
+#else
+#define FUSEDSTEP_HAS_CLUSTERS 1
+#endif
+
 namespace fusedstep::cross_entropy {
 namespace {
 
@@ -207,7 +214,7 @@ struct BlockGroup {
     unsigned blocks = 1;
 
     __device__ __forceinline__ BlockGroup(int, Shared<A, kDense>& shared_) : shared(shared_) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if FUSEDSTEP_HAS_CLUSTERS
         rank = cg::this_cluster().block_rank();
         blocks = cg::this_cluster().num_blocks();
 #endif
@@ -228,7 +235,7 @@ struct BlockGroup {
     __device__ __forceinline__ A max(A value) const {
         A values[1] = {value};
         reduce_block(values, shared.max, Larger{});
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if FUSEDSTEP_HAS_CLUSTERS
         if (blocks > 1) {
             auto const cluster = cg::this_cluster();
             if (threadIdx.x == 0) shared.cluster_max = values[0];
@@ -242,7 +249,7 @@ struct BlockGroup {
     }
     __device__ __forceinline__ void add(Sums<A, kDense>& sums) const {
         reduce_block(sums.value, shared.sums, Add{});
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if FUSEDSTEP_HAS_CLUSTERS
         if (blocks > 1) {
             auto const cluster = cg::this_cluster();
             if (threadIdx.x == 0) shared.cluster_sums = sums;
@@ -258,7 +265,7 @@ struct BlockGroup {
     }
     // Nobody may go while others read its shared memory.
     __device__ __forceinline__ void leave() const {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#if FUSEDSTEP_HAS_CLUSTERS
         if (blocks > 1) cg::this_cluster().sync();
 #endif
     }

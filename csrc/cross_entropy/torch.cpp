@@ -368,8 +368,7 @@ TargetFault& target_fault(c10::Device device) {
 }
 
 // Raises IndexError for a class index that an earlier call met; the one place that looks.
-void raise_target_fault(c10::Device device) {
-    volatile TargetFault& fault = target_fault(device);
+void raise_target_fault(volatile TargetFault& fault, c10::Device device) {
     if (fault.found == 0) return;
     std::int64_t const row = fault.row;
     std::int64_t const target = fault.target;
@@ -387,7 +386,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, const Tens
                                                 double label_smoothing, at::ScalarType loss_dtype,
                                                 bool with_grad, bool with_stats) {
     CudaGuard const guard(logits.device());
-    raise_target_fault(logits.device());
+    TargetFault& fault = target_fault(logits.device());
+    raise_target_fault(fault, logits.device());
     auto const reduction = static_cast<Reduction>(reduction_);
     const DeviceLimits& limits = device_limits(logits.device());
     Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();
@@ -396,11 +396,10 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, const Tens
     Tensor const totals = at::empty(
         {max_blocks(kernel.args, limits) * static_cast<std::int64_t>(sizeof(BlockTotals))},
         logits.options().dtype(at::kByte));
-    ForwardArgs const args{
-        kernel.args, reduction, reduction == Reduction::none ? nullptr : loss.mutable_data_ptr(),
-        static_cast<BlockTotals*>(totals.mutable_data_ptr()),
-        kernel.args.target_kind == TargetKind::probability ? nullptr
-                                                           : &target_fault(logits.device())};
+    ForwardArgs const args{kernel.args, reduction,
+                           reduction == Reduction::none ? nullptr : loss.mutable_data_ptr(),
+                           static_cast<BlockTotals*>(totals.mutable_data_ptr()),
+                           kernel.args.target_kind == TargetKind::probability ? nullptr : &fault};
     check_launch(forward(args, limits, current_stream(logits.device())), "cross_entropy");
     return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats};
 }
@@ -585,7 +584,7 @@ void check_targets([[maybe_unused]] c10::Device device) {
     if (device.type() != kCudaDevice) return;
     CudaGuard const guard(device);
     check_launch(cudaDeviceSynchronize(), "check_targets");
-    raise_target_fault(device);
+    raise_target_fault(target_fault(device), device);
 #endif
 }
 

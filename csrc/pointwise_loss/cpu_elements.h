@@ -183,26 +183,6 @@ void evaluate_packed(const Args& args, Scratch<A>& scratch, std::int64_t n) {
 
 // ---- Entry points: from runtime kinds to types ----
 
-// Calls f(std::integral_constant<Kind, ...>).
-template <class F>
-auto with_kind(Kind kind, F f) {
-    switch (kind) {
-        case Kind::l1:
-            return f(std::integral_constant<Kind, Kind::l1>{});
-        case Kind::mse:
-            return f(std::integral_constant<Kind, Kind::mse>{});
-        case Kind::smooth_l1:
-            return f(std::integral_constant<Kind, Kind::smooth_l1>{});
-        case Kind::huber:
-            return f(std::integral_constant<Kind, Kind::huber>{});
-        case Kind::bce_with_logits:
-            return f(std::integral_constant<Kind, Kind::bce_with_logits>{});
-        case Kind::weighted_bce:
-            break;
-    }
-    return f(std::integral_constant<Kind, Kind::weighted_bce>{});
-}
-
 // Calls f(scratch with loss and derivative, elements, offsets, offset of the first element of the
 // block along the last dimension) for each block of elements [begin, end).
 template <class A, class F>

@@ -23,31 +23,6 @@ struct ScalarMath {
     static __device__ __forceinline__ double log1p(double x) { return ::log1p(x); }
 };
 
-// Calls f(std::integral_constant<Kind, ...>).
-template <class F>
-__device__ __forceinline__ void with_kind(Kind kind, F f) {
-    switch (kind) {
-        case Kind::l1:
-            f(std::integral_constant<Kind, Kind::l1>{});
-            break;
-        case Kind::mse:
-            f(std::integral_constant<Kind, Kind::mse>{});
-            break;
-        case Kind::smooth_l1:
-            f(std::integral_constant<Kind, Kind::smooth_l1>{});
-            break;
-        case Kind::huber:
-            f(std::integral_constant<Kind, Kind::huber>{});
-            break;
-        case Kind::bce_with_logits:
-            f(std::integral_constant<Kind, Kind::bce_with_logits>{});
-            break;
-        case Kind::weighted_bce:
-            f(std::integral_constant<Kind, Kind::weighted_bce>{});
-            break;
-    }
-}
-
 // Where an element of each operand lies.
 __device__ __forceinline__ std::int64_t offset(const Args& args, const Operand& operand,
                                                std::int64_t element) {

@@ -17,6 +17,8 @@
 // multiplied out so that no exponential is taken of a positive number.
 #pragma once
 
+#include <type_traits>
+
 #include "core/dtype.h"
 
 namespace fusedstep::pointwise_loss {
@@ -33,6 +35,26 @@ enum class Kind : int {
 // The derivative with respect to the target is minus that with respect to the input.
 constexpr bool is_symmetric(Kind kind) {
     return kind != Kind::bce_with_logits && kind != Kind::weighted_bce;
+}
+
+// Calls f(std::integral_constant<Kind, kind>{}).
+template <class F>
+FUSEDSTEP_HD decltype(auto) with_kind(Kind kind, F&& f) {
+    switch (kind) {
+        case Kind::l1:
+            return f(std::integral_constant<Kind, Kind::l1>{});
+        case Kind::mse:
+            return f(std::integral_constant<Kind, Kind::mse>{});
+        case Kind::smooth_l1:
+            return f(std::integral_constant<Kind, Kind::smooth_l1>{});
+        case Kind::huber:
+            return f(std::integral_constant<Kind, Kind::huber>{});
+        case Kind::bce_with_logits:
+            return f(std::integral_constant<Kind, Kind::bce_with_logits>{});
+        case Kind::weighted_bce:
+            break;
+    }
+    return f(std::integral_constant<Kind, Kind::weighted_bce>{});
 }
 
 // What a derivative below still has to be multiplied by: 2 d would overflow where d does not.
