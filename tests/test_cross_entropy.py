@@ -1115,12 +1115,12 @@ def test_operators_refuse_tensors_that_do_not_fit() -> None:
     forward = torch.ops.fusedstep.cross_entropy_forward
     backward = torch.ops.fusedstep.cross_entropy_backward
     x, y = torch.randn(5, 7), torch.zeros(5, dtype=torch.int64)
-    rest = (1, -100, 0.0, F32, True, True)
+    rest = (1, -100, 0.0, F32, True, True, False)
     with pytest.raises(RuntimeError, match="target of shape"):
         forward(x, y[:4], None, *rest)
     with pytest.raises(RuntimeError, match="weight must have"):
         forward(x, y, torch.ones(6), *rest)
-    _, _, stats = forward(x, y, None, *rest)
+    _, _, stats, _ = forward(x, y, None, *rest)
     for grad_output, wrong in ((torch.ones(4), stats), (torch.ones(()), stats[:-1])):
         with pytest.raises(RuntimeError, match="do not belong"):
             backward(grad_output, x, y, None, -100, 0.0, wrong)
@@ -1513,8 +1513,8 @@ def test_opcheck_of_forward_and_backward(case: Case, device: str) -> None:
     forward = torch.ops.fusedstep.cross_entropy_forward.default
     backward = torch.ops.fusedstep.cross_entropy_backward.default
     loss, grad = inputs.loss_and_grad(F.cross_entropy)
-    for with_grad, with_stats in itertools.product([False, True], repeat=2):
-        arguments = (*operator_arguments(inputs), loss.dtype, with_grad, with_stats)
+    for wanted in itertools.product([False, True], repeat=3):
+        arguments = (*operator_arguments(inputs), loss.dtype, *wanted)
         torch.library.opcheck(forward, arguments)
         outputs = forward(*arguments)
         identical(outputs[0], loss)
@@ -1523,6 +1523,55 @@ def test_opcheck_of_forward_and_backward(case: Case, device: str) -> None:
     arguments = (grad_output, logits, target, weight, *options, outputs[2])
     torch.library.opcheck(backward, arguments)
     torch.testing.assert_close(backward(*arguments), grad)
+
+
+def operator_outputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, gradient, what a backward needs to recompute it, and log-sum-exp."""
+    forward = torch.ops.fusedstep.cross_entropy_forward
+    return forward(*operator_arguments(inputs), inputs.logits.dtype, True, True, True)
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("classes", [1, 7, 131, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp_of_rows(
+    dtype: torch.dtype, classes: int, smoothing: float, device: str
+) -> None:
+    for shape, layout in (((37, classes), "contiguous"), ((2, classes, 9), "channels_last")):
+        case = Case(dtype, shape, smoothing=smoothing, ignore_index=0, layout=layout)
+        inputs = draw(case, device)
+        lse = operator_outputs(inputs)[3]
+        expected = inputs.logits.double().logsumexp(1).masked_fill(inputs.target == 0, 0.0)
+        scale = 1 + inputs.logits.double().abs().amax(1)
+        assert (lse.dtype, lse.shape) == (COMPUTE[dtype], inputs.target.shape)
+        assert lse.is_contiguous()
+        assert error(lse, expected, scale, COMPUTE[dtype]) <= slack(COMPUTE[dtype])
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("classes", [7, 1000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_a_part_of_the_classes(dtype: torch.dtype, classes: int, device: str) -> None:
+    """From log-sum-exps over all classes; a row whose class lies elsewhere has no coefficient."""
+    inputs = draw(Case(dtype, (33, classes), "sum", ignore_index=-7), device)
+    _, grad, stats, lse = operator_outputs(inputs)
+    target, begin = inputs.target, classes // 2
+    ignored = target == -7
+    here = target >= begin
+    part = torch.where(ignored, target, torch.where(here, target - begin, 0))
+    rows = torch.stack([lse, (~ignored).to(lse.dtype), here.to(lse.dtype)], 1)
+    actual = torch.ops.fusedstep.cross_entropy_backward(
+        torch.ones((), device=device),
+        inputs.logits[:, begin:],
+        part,
+        None,
+        -7,
+        0.0,
+        torch.cat([rows.flatten(), stats[-1:]]),
+    )
+    expected = grad[:, begin:]
+    torch.testing.assert_close(actual, expected)
 
 
 # ------------------------------------------------------------------ bad input

@@ -269,6 +269,7 @@ struct Problem {
     A smoothing;  // of an index target
     A gradient_scale;
     A* stats;
+    A* lse;
     const A* grad_output;
     Offsets stride;  // along a run
 
@@ -276,7 +277,7 @@ struct Problem {
         if constexpr (!Dense::kPerRow) return args.target_index[row] == args.ignore_index;
         return false;
     }
-    // u_y of the true class, less its dense part.
+    // u_y of the true class, less its dense part; backward has it from stats.
     A true_class_u(std::int64_t y) const {
         return index_coefficient(weight ? weight[y] : A{1}, smoothing);
     }
@@ -285,6 +286,7 @@ struct Problem {
         if constexpr (Dense::kPerRow) here.target += target_offset;
         return here;
     }
+    A* stats_of(std::int64_t row) const { return stats + kRowStats * row; }
     A upstream(std::int64_t row) const {
         return gradient_scale * grad_output[row * args.grad_output_stride];
     }
@@ -308,6 +310,7 @@ Problem<T, Dense> make_problem(const Args& args, Dense dense) {
             static_cast<A>(args.label_smoothing),
             static_cast<A>(args.gradient_scale),
             static_cast<A*>(args.row_stats),
+            static_cast<A*>(args.row_lse),
             static_cast<const A*>(args.grad_output),
             {args.logits_row_strides[last], args.grad_row_strides[last],
              args.target_row_strides[last]}};
@@ -321,20 +324,30 @@ __attribute__((noinline)) void write_row_loss(const Args& args, std::int64_t row
     });
 }
 
+template <class T, class Dense>
+void write_stats(const Problem<T, Dense>& p, std::int64_t row, acc_t<T> m, acc_t<T> scale,
+                 acc_t<T> u_y) {
+    if (!p.stats) return;
+    acc_t<T>* const stats = p.stats_of(row);
+    stats[0] = m;
+    stats[1] = scale;
+    stats[2] = u_y;
+}
+
 // ---- Row walk: the two directions ----
 
-// Writes the gradient of one row. value(c) and value_partial(c, n) give exp(x - m); the true class
-// is computed apart, so that it is rounded to T once. Where value reads the gradient row itself,
-// value_y must have been read before.
+// Writes the gradient of one row. value(c) and value_partial(c, n) give exp(x - m); the true class,
+// whose coefficient is u_y beside the dense part, is computed apart, so that it is rounded to T
+// once. Where value reads the gradient row itself, value_y must have been read before.
 template <class T, class Dense, class Value, class ValuePartial>
 void write_gradient(const Problem<T, Dense>& p, const Dense& dense, std::int64_t row,
-                    acc_t<T> scale, acc_t<T> upstream, T* grad, acc_t<T> value_y, Value value,
-                    ValuePartial value_partial) {
+                    acc_t<T> scale, acc_t<T> u_y, acc_t<T> upstream, T* grad, acc_t<T> value_y,
+                    Value value, ValuePartial value_partial) {
     acc_t<T> const k = scale * upstream;
     gradient_pass(p.args.classes, k, dense, upstream, grad, value, value_partial);
     if constexpr (!Dense::kPerRow) {
         std::int64_t const y = p.args.target_index[row];
-        grad[y] = from_acc<T>(value_y * k - (dense.scalar(y) + p.true_class_u(y)) * upstream);
+        grad[y] = from_acc<T>(value_y * k - (dense.scalar(y) + u_y) * upstream);
     }
 }
 
@@ -356,7 +369,8 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             if (p.ignored(row)) {
                 if (grad) zero_row(grad, classes);
                 if (args.row_losses) write_row_loss(args, row, 0.0);
-                if (p.stats) p.stats[2 * row] = p.stats[2 * row + 1] = A{};
+                write_stats(p, row, A{}, A{}, A{});
+                if (p.lse) p.lse[row] = A{};
                 continue;
             }
             Dense const dense = p.dense_at(at.target + i * p.stride.target);
@@ -366,20 +380,19 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             A const m = row_max(x, classes);
             ExpSums<A> sums = grad ? exp_pass<true>(x, classes, m, dense, e)
                                    : exp_pass<false>(x, classes, m, dense, e);
-            A e_y{};
+            A u_y{}, e_y{};
             if constexpr (!Dense::kPerRow) {
                 std::int64_t const y = args.target_index[row];
-                A const u_y = p.true_class_u(y);
+                u_y = p.true_class_u(y);
                 sums.target_sum = dense.mass + u_y;
                 sums.target_dot += u_y * (to_acc(x[y]) - m);
                 if (grad) e_y = e[y];
             }
-            A const loss = row_loss(sums.target_sum, std::log(sums.exp_sum), sums.target_dot);
+            A const log_sum = std::log(sums.exp_sum);
+            A const loss = row_loss(sums.target_sum, log_sum, sums.target_dot);
             A const scale = softmax_scale(sums.target_sum, sums.exp_sum);
-            if (p.stats) {
-                p.stats[2 * row] = m;
-                p.stats[2 * row + 1] = scale;
-            }
+            write_stats(p, row, m, scale, u_y);
+            if (p.lse) p.lse[row] = m + log_sum;
             if (args.row_losses) {
                 write_row_loss(args, row, static_cast<double>(loss));
             } else {
@@ -387,7 +400,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             }
             if (grad) {
                 write_gradient(
-                    p, dense, row, scale, p.gradient_scale, grad, e_y,
+                    p, dense, row, scale, u_y, p.gradient_scale, grad, e_y,
                     [e](std::int64_t c) { return load(e + c); },
                     [e](std::int64_t c, std::int64_t k) { return load_partial(e + c, k); });
             }
@@ -410,13 +423,14 @@ void backward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64_
                 continue;
             }
             Dense const dense = p.dense_at(at.target + i * p.stride.target);
-            Vec<A> const m = broadcast(p.stats[2 * row]);
+            const A* const stats = p.stats_of(row);
+            Vec<A> const m = broadcast(stats[0]);
             A e_y{};
             if constexpr (!Dense::kPerRow) {
                 e_y = exp(broadcast(to_acc(x[args.target_index[row]])) - m)[0];
             }
             write_gradient(
-                p, dense, row, p.stats[2 * row + 1], p.upstream(row), grad, e_y,
+                p, dense, row, stats[1], stats[2], p.upstream(row), grad, e_y,
                 [x, m](std::int64_t c) { return exp(load(x + c) - m); },
                 [x, m](std::int64_t c, std::int64_t k) { return exp(load_partial(x + c, k) - m); });
         }
@@ -502,12 +516,12 @@ void unpack_tile(const acc_t<T>* tile, T* p, std::int64_t row_stride, std::int64
 // ---- Tile walk: the maths, one row per lane ----
 
 // The true class of each lane, and its u_y; a lane that has none (absent, ignored) has u_y = 0 and
-// live = 0.
+// live = 0. backward has u_y from stats.
 template <class A>
 struct TrueClasses {
     VecInt<A> index;
-    Vec<A> u;
     VecInt<A> live;
+    Vec<A> u;
 };
 
 template <class T, class Dense>
@@ -515,7 +529,7 @@ TrueClasses<acc_t<T>> true_classes(const Problem<T, Dense>& p, std::int64_t row,
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     VecInt<A> const present = first_lanes<A>(n);
-    if constexpr (Dense::kPerRow) return {VecInt<A>{}, Vec<A>{}, present};
+    if constexpr (Dense::kPerRow) return {VecInt<A>{}, present, Vec<A>{}};
     LaneInt<A> index[L] = {};
     LaneInt<A> live[L] = {};
     for (int r = 0; r < n; ++r) {
@@ -524,16 +538,20 @@ TrueClasses<acc_t<T>> true_classes(const Problem<T, Dense>& p, std::int64_t row,
         index[r] = counts ? static_cast<LaneInt<A>>(y) : 0;
         live[r] = -static_cast<LaneInt<A>>(counts);
     }
-    TrueClasses<A> result;
+    TrueClasses<A> result{};
     std::memcpy(&result.index, index, sizeof(index));
     std::memcpy(&result.live, live, sizeof(live));
-    Vec<A> class_weight = broadcast(A{1});
-    if (p.weight) {
-        for (int r = 0; r < L; ++r) class_weight[r] = p.weight[index[r]];
-    }
-    Vec<A> const u = index_coefficient(class_weight, broadcast(p.smoothing));
-    result.u = result.live ? u : Vec<A>{};
     return result;
+}
+
+template <class T, class Dense>
+Vec<acc_t<T>> class_weights(const Problem<T, Dense>& p, const TrueClasses<acc_t<T>>& truth) {
+    using A = acc_t<T>;
+    Vec<A> weight = broadcast(A{1});
+    if (p.weight) {
+        for (int r = 0; r < kLanes<A>; ++r) weight[r] = p.weight[truth.index[r]];
+    }
+    return weight;
 }
 
 // Turns a tile of exp(x - m) into the gradient, in place. Lanes that are not live become zero.
@@ -589,65 +607,74 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
     const Args& args = p.args;
     std::int64_t const classes = args.classes;
     DoubleSum<A> total;
-    for_each_tile(p, tile_dense, begin, end,
-                  [&](std::int64_t row, int n, A* tile, const TileDense& dense, T* grad) {
-                      TrueClasses<A> const truth = true_classes(p, row, n);
+    for_each_tile(
+        p, tile_dense, begin, end,
+        [&](std::int64_t row, int n, A* tile, const TileDense& dense, T* grad) {
+            TrueClasses<A> truth = true_classes(p, row, n);
+            if constexpr (!Dense::kPerRow) {
+                Vec<A> const u = index_coefficient(class_weights(p, truth), broadcast(p.smoothing));
+                truth.u = truth.live ? u : Vec<A>{};
+            }
 
-                      Vec<A> m = load(tile);
-                      for (std::int64_t c = 1; c < classes; ++c) m = max(load(tile + c * L), m);
+            Vec<A> m = load(tile);
+            for (std::int64_t c = 1; c < classes; ++c) m = max(load(tile + c * L), m);
 
-                      Vec<A> target_sum = truth.u;
-                      Vec<A> target_dot{};
-                      if constexpr (!Dense::kPerRow) {
-                          Vec<A> x_y;
-                          for (int r = 0; r < L; ++r) {
-                              x_y[r] = tile[static_cast<std::int64_t>(truth.index[r]) * L + r];
-                          }
-                          target_sum += dense.mass;
-                          target_dot = truth.u * (x_y - m);
-                      }
-                      Vec<A> exp_sum{};
-                      for (std::int64_t block = 0; block < classes; block += kTileBlock) {
-                          std::int64_t const block_end =
-                              block + kTileBlock < classes ? block + kTileBlock : classes;
-                          Vec<A> s{}, u_sum{}, u_dot{};
-                          for (std::int64_t c = block; c < block_end; ++c) {
-                              Vec<A> const shifted = load(tile + c * L) - m;
-                              Vec<A> const e = exp(shifted);
-                              store(tile + c * L, e);
-                              s += e;
-                              if constexpr (Dense::kDense) {
-                                  Vec<A> const u = dense.across_rows(c);
-                                  if constexpr (Dense::kPerRow) u_sum += u;
-                                  u_dot = fmadd(u, shifted, u_dot);
-                              }
-                          }
-                          exp_sum += s;
-                          if constexpr (Dense::kPerRow) target_sum += u_sum;
-                          if constexpr (Dense::kDense) target_dot += u_dot;
-                      }
-                      Vec<A> loss = row_loss(target_sum, log(exp_sum), target_dot);
-                      loss = truth.live ? loss : Vec<A>{};
-                      Vec<A> const scale = softmax_scale(target_sum, exp_sum);
-                      if (args.row_losses) {
-                          for (int r = 0; r < n; ++r) {
-                              write_row_loss(args, row + r, static_cast<double>(loss[r]));
-                          }
-                      } else {
-                          total.add(loss);
-                      }
-                      if (p.stats) {
-                          for (int r = 0; r < n; ++r) {
-                              p.stats[2 * (row + r)] = m[r];
-                              p.stats[2 * (row + r) + 1] = scale[r];
-                          }
-                      }
-                      if (grad) {
-                          tile_gradient(p, dense, truth, scale, broadcast(p.gradient_scale), tile);
-                          unpack_tile(tile, grad, p.stride.grad, args.grad_class_stride, n,
-                                      classes);
-                      }
-                  });
+            Vec<A> target_sum = truth.u;
+            Vec<A> target_dot{};
+            if constexpr (!Dense::kPerRow) {
+                Vec<A> x_y;
+                for (int r = 0; r < L; ++r) {
+                    x_y[r] = tile[static_cast<std::int64_t>(truth.index[r]) * L + r];
+                }
+                target_sum += dense.mass;
+                target_dot = truth.u * (x_y - m);
+            }
+            Vec<A> exp_sum{};
+            for (std::int64_t block = 0; block < classes; block += kTileBlock) {
+                std::int64_t const block_end =
+                    block + kTileBlock < classes ? block + kTileBlock : classes;
+                Vec<A> s{}, u_sum{}, u_dot{};
+                for (std::int64_t c = block; c < block_end; ++c) {
+                    Vec<A> const shifted = load(tile + c * L) - m;
+                    Vec<A> const e = exp(shifted);
+                    store(tile + c * L, e);
+                    s += e;
+                    if constexpr (Dense::kDense) {
+                        Vec<A> const u = dense.across_rows(c);
+                        if constexpr (Dense::kPerRow) u_sum += u;
+                        u_dot = fmadd(u, shifted, u_dot);
+                    }
+                }
+                exp_sum += s;
+                if constexpr (Dense::kPerRow) target_sum += u_sum;
+                if constexpr (Dense::kDense) target_dot += u_dot;
+            }
+            Vec<A> const log_sum = log(exp_sum);
+            Vec<A> loss = row_loss(target_sum, log_sum, target_dot);
+            loss = truth.live ? loss : Vec<A>{};
+            Vec<A> const scale = softmax_scale(target_sum, exp_sum);
+            if (args.row_losses) {
+                for (int r = 0; r < n; ++r) {
+                    write_row_loss(args, row + r, static_cast<double>(loss[r]));
+                }
+            } else {
+                total.add(loss);
+            }
+            if (p.stats) {
+                for (int r = 0; r < n; ++r) {
+                    bool const live = truth.live[r] != 0;
+                    write_stats(p, row + r, live ? m[r] : A{}, live ? scale[r] : A{}, truth.u[r]);
+                }
+            }
+            if (p.lse) {
+                Vec<A> const lse = truth.live ? m + log_sum : Vec<A>{};
+                store_partial(p.lse + row, lse, n);
+            }
+            if (grad) {
+                tile_gradient(p, dense, truth, scale, broadcast(p.gradient_scale), tile);
+                unpack_tile(tile, grad, p.stride.grad, args.grad_class_stride, n, classes);
+            }
+        });
     return total.total();
 }
 
@@ -659,16 +686,19 @@ void backward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, s
     const Args& args = p.args;
     for_each_tile(p, tile_dense, begin, end,
                   [&](std::int64_t row, int n, A* tile, const TileDense& dense, T* grad) {
+                      TrueClasses<A> truth = true_classes(p, row, n);
                       Vec<A> m{}, scale{}, upstream{};
                       for (int r = 0; r < n; ++r) {
-                          m[r] = p.stats[2 * (row + r)];
-                          scale[r] = p.stats[2 * (row + r) + 1];
+                          const A* const stats = p.stats_of(row + r);
+                          m[r] = stats[0];
+                          scale[r] = stats[1];
+                          truth.u[r] = stats[2];
                           upstream[r] = p.upstream(row + r);
                       }
                       for (std::int64_t c = 0; c < args.classes; ++c) {
                           store(tile + c * L, exp(load(tile + c * L) - m));
                       }
-                      tile_gradient(p, dense, true_classes(p, row, n), scale, upstream, tile);
+                      tile_gradient(p, dense, truth, scale, upstream, tile);
                       unpack_tile(tile, grad, p.stride.grad, args.grad_class_stride, n,
                                   args.classes);
                   });

@@ -21,6 +21,9 @@ enum class TargetKind {
 // torch.cpp merges dimensions wherever all operands allow, so one or two are left in practice.
 inline constexpr int kMaxRowDims = 8;
 
+// Numbers of a row in Args::row_stats.
+inline constexpr std::int64_t kRowStats = 3;
+
 struct Args {
     std::int64_t rows;
     std::int64_t classes;
@@ -59,9 +62,15 @@ struct Args {
     DType loss_dtype;
     void* row_losses;
 
-    // Per row {m, U / S} in acc_t: what a backward that recomputes needs. Null when not wanted
-    // (forward); read by backward.
+    // Per row {m, E, u_y} in acc_t, adjacent: all that a backward needs to recompute the gradient
+    // (E exp(x_c - m) - u_c) upstream. u_y is what the true class of an index target has beside the
+    // dense part of u; zeros for an ignored row. Null when not wanted (forward); read by backward,
+    // to which any numbers are welcome whose exp(x_c - m) is finite.
     void* row_stats;
+
+    // log sum_c exp x_c of each row, contiguous, in acc_t; 0 for an ignored row. Null when not
+    // wanted.
+    void* row_lse;
 
     // backward only: gradient of the loss, in acc_t, one value (stride 0) or one per row (stride
     // 1).

@@ -84,20 +84,24 @@ __device__ __forceinline__ Offsets row_offsets(const Args& args, std::int64_t ro
 template <class A, class Index>
 struct Truth {
     Index index;  // -1 where the target is ignored or out of range, or is no index
-    A u;          // u_y, less its dense part; NaN where the target is out of range
     bool live;    // false: ignored
     bool fault;
+    A u;  // u_y, less its dense part; NaN where the target is out of range. backward has it from
+          // stats
 };
 
 template <class A, class Index>
 __device__ __forceinline__ Truth<A, Index> true_class(const Args& args, std::int64_t row) {
-    if (args.target_kind == TargetKind::probability) return {-1, A{}, true, false};
+    if (args.target_kind == TargetKind::probability) return {-1, true, false, A{}};
     std::int64_t const y = args.target_index[row];
-    if (y == args.ignore_index) return {-1, A{}, false, false};
-    if (y < 0 || y >= args.classes) return {-1, static_cast<A>(NAN), true, true};
-    A const weight = args.weight ? static_cast<const A*>(args.weight)[y] : A{1};
-    return {static_cast<Index>(y), index_coefficient(weight, static_cast<A>(args.label_smoothing)),
-            true, false};
+    if (y == args.ignore_index) return {-1, false, false, A{}};
+    if (y < 0 || y >= args.classes) return {-1, true, true, static_cast<A>(NAN)};
+    return {static_cast<Index>(y), true, false, A{}};
+}
+
+template <class A>
+__device__ __forceinline__ A class_weight(const Args& args, std::int64_t y) {
+    return args.weight ? static_cast<const A*>(args.weight)[y] : A{1};
 }
 
 // The dense part of the target vector u of one row: label smoothing or probabilities.
@@ -331,7 +335,7 @@ __device__ __forceinline__ void finish(const ForwardArgs& a, Shared<A, kDense>& 
     if (threadIdx.x > 0) return;
     if (a.loss) store_scalar(a.loss, a.args.loss_dtype, 0, loss[0] * scale);
     if (a.args.row_stats) {
-        static_cast<A*>(a.args.row_stats)[2 * a.args.rows] = static_cast<A>(scale);
+        static_cast<A*>(a.args.row_stats)[kRowStats * a.args.rows] = static_cast<A>(scale);
     }
     if (fault[0] != kNoFault && a.fault->found == 0) {
         a.fault->row = fault[0];
@@ -509,8 +513,12 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
         std::int64_t const row = base + group.row_in_block();
         bool const present = row < args.rows;
         Offsets const at = row_offsets(args, present ? row : 0);
-        auto const truth =
-            present ? true_class<A, Index>(args, row) : Truth<A, Index>{-1, A{}, false, false};
+        auto truth = Truth<A, Index>{-1, false, false, A{}};
+        if (present) truth = true_class<A, Index>(args, row);
+        if (truth.index >= 0) {
+            truth.u = index_coefficient(class_weight<A>(args, truth.index),
+                                        static_cast<A>(args.label_smoothing));
+        }
         Dense<T> const dense(args, at.target);
         const T* const x = static_cast<const T*>(args.logits) + at.logits;
         Row const pieces(x, args.classes, args.logits_class_stride);
@@ -583,19 +591,24 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
         A const target_sum = truth.u + sums.target_sum();
         A const softmax = softmax_scale(target_sum, sums.value[0]);
         if (present && member == 0) {
-            A loss{};
+            A loss{}, lse{};
             if (truth.live) {
                 A target_dot = sums.target_dot();
                 if (truth.index >= 0) {
                     target_dot += truth.u * (to_acc(x[truth.index * args.logits_class_stride]) - m);
                 }
-                loss = row_loss(target_sum, natural_log(sums.value[0]), target_dot);
+                A const log_sum = natural_log(sums.value[0]);
+                loss = row_loss(target_sum, log_sum, target_dot);
+                lse = truth.fault ? truth.u : m + log_sum;
             }
             if (args.row_losses) store_scalar(args.row_losses, args.loss_dtype, row, loss);
             if (args.row_stats) {
-                static_cast<A*>(args.row_stats)[2 * row] = truth.live ? m : A{};
-                static_cast<A*>(args.row_stats)[2 * row + 1] = truth.live ? softmax : A{};
+                A* const stats = static_cast<A*>(args.row_stats) + kRowStats * row;
+                stats[0] = truth.live ? m : A{};
+                stats[1] = truth.live ? softmax : A{};
+                stats[2] = truth.u;
             }
+            if (args.row_lse) static_cast<A*>(args.row_lse)[row] = lse;
             loss_sum += loss;
             if (truth.fault && first_fault == kNoFault) first_fault = row;
         }
@@ -641,7 +654,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void backward_k
     if (a.keep_if_one && load_scalar(args.grad_output, a.grad_output_dtype, 0) == 1) return;
 
     const A* const stats = static_cast<const A*>(args.row_stats);
-    A const scale = stats[2 * args.rows];
+    A const scale = stats[kRowStats * args.rows];
     int const member = static_cast<int>(threadIdx.x) % group_size;
     std::int64_t const groups = blockDim.x / group_size;
     std::int64_t const work = args.rows * segments;
@@ -650,7 +663,10 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void backward_k
         std::int64_t const row = item / segments;
         std::int64_t const part = item % segments;
         Offsets const at = row_offsets(args, row);
-        auto const truth = true_class<A, std::int64_t>(args, row);
+        const A* const of_row = stats + kRowStats * row;
+        auto truth = true_class<A, std::int64_t>(args, row);
+        A const softmax = truth.fault ? truth.u : of_row[1];
+        if (truth.index >= 0) truth.u = of_row[2];
         Dense<T> const dense(args, at.target);
         const T* const x = static_cast<const T*>(args.logits) + at.logits;
         T* const grad = static_cast<T*>(args.grad) + at.grad;
@@ -660,8 +676,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void backward_k
 
         A const upstream = scale * static_cast<A>(load_scalar(args.grad_output, a.grad_output_dtype,
                                                               row * args.grad_output_stride));
-        A const softmax = truth.fault ? truth.u : stats[2 * row + 1];
-        RowGradient<A, std::int64_t> const of{stats[2 * row], softmax * upstream, upstream, truth};
+        RowGradient<A, std::int64_t> const of{of_row[0], softmax * upstream, upstream, truth};
         std::int64_t const begin = part * segment + member;
         std::int64_t const limit = (part + 1) * segment;
         std::int64_t const end = limit < pieces.count ? limit : pieces.count;

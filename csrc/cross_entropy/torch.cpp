@@ -179,6 +179,14 @@ struct RowLayout {
     }
 };
 
+// Of forward, beside the gradient: the loss; kRowStats numbers for each row and the gradient's
+// scale behind them; the log-sum-exp of each row. Empty where not wanted.
+struct Outputs {
+    Tensor loss;
+    Tensor stats;
+    Tensor lse;
+};
+
 // Tensors as a kernel wants them; holds what had to be converted while the kernel runs.
 struct KernelArgs {
     Args args{};
@@ -240,24 +248,25 @@ struct KernelArgs {
         }
     }
 
-    // The loss and, 2 for each row and the gradient's scale behind them, the stats; empty where not
-    // wanted.
-    std::pair<Tensor, Tensor> make_outputs(const Tensor& logits, Reduction reduction,
-                                           at::ScalarType loss_dtype, bool with_stats) {
+    Outputs make_outputs(const Tensor& logits, Reduction reduction, at::ScalarType loss_dtype,
+                         bool with_stats, bool with_lse) {
         bool const per_row = reduction == Reduction::none;
-        Tensor loss =
-            at::empty(per_row ? C10_AS_INTARRAYREF_SLOW(index_shape(logits)) : at::IntArrayRef(),
-                      logits.options().dtype(loss_dtype));
-        Tensor stats = at::empty({with_stats ? 2 * args.rows + 1 : 0},
-                                 logits.options().dtype(accumulate_type(logits.scalar_type())));
+        auto const rows_shape = index_shape(logits);
+        at::IntArrayRef const shape = C10_AS_INTARRAYREF_SLOW(rows_shape);
+        auto const wide = logits.options().dtype(accumulate_type(logits.scalar_type()));
+        Outputs out{
+            at::empty(per_row ? shape : at::IntArrayRef(), logits.options().dtype(loss_dtype)),
+            at::empty({with_stats ? kRowStats * args.rows + 1 : 0}, wide),
+            at::empty(with_lse ? shape : at::IntArrayRef({0}), wide)};
         args.loss_dtype = *kernel_dtype(loss_dtype);
-        if (per_row) args.row_losses = loss.mutable_data_ptr();
-        if (with_stats) args.row_stats = stats.mutable_data_ptr();
-        return {std::move(loss), std::move(stats)};
+        if (per_row) args.row_losses = out.loss.mutable_data_ptr();
+        if (with_stats) args.row_stats = out.stats.mutable_data_ptr();
+        if (with_lse) args.row_lse = out.lse.mutable_data_ptr();
+        return out;
     }
 
     void check_backward(const Tensor& grad_output, const Tensor& stats) const {
-        TORCH_CHECK(stats.numel() == 2 * args.rows + 1 &&
+        TORCH_CHECK(stats.numel() == kRowStats * args.rows + 1 &&
                         (grad_output.numel() == 1 || grad_output.numel() == args.rows),
                     "cross_entropy: stats and grad_output do not belong to ", args.rows, " rows");
     }
@@ -293,11 +302,10 @@ double scan_targets_cpu(const Args& args) {
     return sum.total();
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tensor& target,
-                                               const OptionalTensor& weight,
-                                               std::int64_t reduction_, std::int64_t ignore_index,
-                                               double label_smoothing, at::ScalarType loss_dtype,
-                                               bool with_grad, bool with_stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+    std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing,
+    at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
     auto const reduction = static_cast<Reduction>(reduction_);
     Tensor const grad = with_grad ? empty_gradient(logits) : Tensor();
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
@@ -312,8 +320,9 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
             row_weights == 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / row_weights;
     }
 
-    auto const [loss, stats] = kernel.make_outputs(logits, reduction, loss_dtype, with_stats);
-    if (with_stats) write_scalar(stats, 2 * args.rows, args.gradient_scale);
+    auto [loss, stats, lse] =
+        kernel.make_outputs(logits, reduction, loss_dtype, with_stats, with_lse);
+    if (with_stats) write_scalar(stats, kRowStats * args.rows, args.gradient_scale);
 
     std::int64_t const chunk_rows = rows_per_chunk(args.rows, args.classes);
     c10::SmallVector<double, 64> sums((args.rows + chunk_rows - 1) / chunk_rows);
@@ -326,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& logits, const Tenso
         for (double sum : sums) total.add(sum);
         write_scalar(loss, 0, total.total() * args.gradient_scale);
     }
-    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats};
+    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats, lse};
 }
 
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
@@ -343,7 +352,7 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
     args.grad_output = upstream.const_data_ptr();
     args.grad_output_stride = upstream.numel() == 1 ? 0 : 1;
     args.row_stats = stats.mutable_data_ptr();
-    args.gradient_scale = read_scalar(stats, 2 * args.rows);
+    args.gradient_scale = read_scalar(stats, kRowStats * args.rows);
     for_each_chunk(args.rows, rows_per_chunk(args.rows, args.classes),
                    [&](std::int64_t, std::int64_t begin, std::int64_t end) {
                        cpu_kernels().backward(args, begin, end);
@@ -380,11 +389,10 @@ void raise_target_fault(volatile TargetFault& fault, c10::Device device) {
                       " in an earlier call, whose loss and gradient are NaN there");
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, const Tensor& target,
-                                                const OptionalTensor& weight,
-                                                std::int64_t reduction_, std::int64_t ignore_index,
-                                                double label_smoothing, at::ScalarType loss_dtype,
-                                                bool with_grad, bool with_stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+    std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing,
+    at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
     CudaGuard const guard(logits.device());
     TargetFault& fault = target_fault(logits.device());
     raise_target_fault(fault, logits.device());
@@ -392,7 +400,8 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, const Tens
     const DeviceLimits& limits = device_limits(logits.device());
     Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
-    auto const [loss, stats] = kernel.make_outputs(logits, reduction, loss_dtype, with_stats);
+    auto const [loss, stats, lse] =
+        kernel.make_outputs(logits, reduction, loss_dtype, with_stats, with_lse);
     Tensor const totals = at::empty(
         {max_blocks(kernel.args, limits) * static_cast<std::int64_t>(sizeof(BlockTotals))},
         logits.options().dtype(at::kByte));
@@ -401,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& logits, const Tens
                            static_cast<BlockTotals*>(totals.mutable_data_ptr()),
                            kernel.args.target_kind == TargetKind::probability ? nullptr : &fault};
     check_launch(forward(args, limits, current_stream(logits.device())), "cross_entropy");
-    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats};
+    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats, lse};
 }
 
 // Writes the gradient. Where it is the one for a grad_output of 1 already, nothing happens if that
@@ -534,10 +543,10 @@ Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& w
     bool const grad_in_forward = with_grad && gradient_in_forward(type, reduced, symbolic);
     bool const with_stats = with_grad && (is_narrow(type) || !grad_in_forward);
 
-    auto [loss, grad, stats] = [&] {
+    auto [loss, grad, stats, lse] = [&] {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         return forward_op().call(logits, target, weight, reduction, ignore_index, label_smoothing,
-                                 loss_dtype, grad_in_forward, with_stats);
+                                 loss_dtype, grad_in_forward, with_stats, /*with_lse=*/false);
     }();
     if (with_grad) {
         auto node = make_node<CrossEntropyBackward0>();
@@ -599,7 +608,12 @@ TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
     m.def(
         "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
         "int ignore_index, float label_smoothing, ScalarType loss_dtype, bool with_grad, "
-        "bool with_stats) -> (Tensor loss, Tensor grad, Tensor stats)");
+        "bool with_stats, bool with_lse) -> (Tensor loss, Tensor grad, Tensor stats, Tensor lse)");
+    // `stats` is flat: {m, E, u_y} of each row in turn (cross_entropy.h), then the factor that a
+    // mean puts on every gradient, in float32 (float64 for float64). Anyone may make them who knows
+    // a row's sums by other means: with {lse, U, 0} for rows whose class is none of these, and
+    // {lse, U, u_y} for the others, this is the gradient of a part of the classes. Every class
+    // index must be in range or ignore_index all the same.
     m.def(
         "cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, "
         "int ignore_index, float label_smoothing, Tensor stats) -> Tensor");

@@ -24,7 +24,8 @@ def _cross_entropy_forward(
     loss_dtype: torch.dtype,
     with_grad: bool,
     with_stats: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_devices(input, target)
     classes = input.shape[0 if input.dim() == 1 else 1]
     rows_shape = input.shape[1:] if input.dim() == 1 else (*input.shape[:1], *input.shape[2:])
@@ -32,8 +33,9 @@ def _cross_entropy_forward(
     grad = torch.empty_like(input) if with_grad else input.new_empty(0)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     rows = input.numel() // classes
-    stats = input.new_empty(2 * rows + 1 if with_stats else 0, dtype=compute)
-    return loss, grad, stats
+    stats = input.new_empty(3 * rows + 1 if with_stats else 0, dtype=compute)
+    lse = input.new_empty(rows_shape if with_lse else 0, dtype=compute)
+    return loss, grad, stats, lse
 
 
 @torch.library.register_fake("fusedstep::cross_entropy_backward")
