@@ -48,6 +48,10 @@ struct Keys {
     PyObject* maximize = PyUnicode_InternFromString("maximize");
     PyObject* momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
     PyObject* grad = PyUnicode_InternFromString("grad");
+    PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+    PyObject* spec = PyUnicode_InternFromString("_spec");
+    PyObject* mesh = PyUnicode_InternFromString("mesh");
+    PyObject* placements = PyUnicode_InternFromString("placements");
 };
 
 const Keys& keys() {
@@ -107,6 +111,49 @@ bool has_grad(const py::object& param) {
         return THPVariable_Unpack(param.ptr()).unsafeGetTensorImpl()->grad().defined();
     }
     return !param.attr(keys().grad).is_none();
+}
+
+// ---- DTensor: the part of a tensor that lies on this rank ----
+
+// torch.distributed.tensor.DTensor; null before something imports it, when no tensor can be one.
+PyObject* dtensor_class() {
+    static PyObject* found = nullptr;
+    if (found == nullptr) {
+        PyObject* const modules = PyImport_GetModuleDict();
+        PyObject* const module = PyDict_GetItemString(modules, "torch.distributed.tensor");
+        if (module != nullptr) found = PyObject_GetAttrString(module, "DTensor");
+        PyErr_Clear();  // being imported
+    }
+    return found;
+}
+
+bool is_dtensor(PyObject* object) {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_class();
+}
+
+// The tensor that a kernel reads and writes: a plain tensor itself, what a DTensor holds on this
+// rank; null for any other object. Borrowed from the object.
+const Tensor* local_tensor(PyObject* object) {
+    if (THPVariable_CheckExact(object)) return &THPVariable_Unpack(object);
+    if (!is_dtensor(object)) return nullptr;
+    return plain_tensor(py::object(py::handle(object).attr(keys().local_tensor)).ptr());
+}
+
+// Whether an update of a DTensor is the same update of every local tensor: none is a summand.
+bool holds_elements(py::handle dtensor) {
+    for (py::handle placement : dtensor.attr(keys().spec).attr(keys().placements)) {
+        if (placement.attr("is_partial")().cast<bool>()) return false;
+    }
+    return true;
+}
+
+// Of a DTensor and another object: whether local tensors at one place hold the same elements.
+bool same_placements(py::handle dtensor, py::handle other) {
+    if (!is_dtensor(other.ptr())) return false;
+    py::object const a = dtensor.attr(keys().spec);
+    py::object const b = other.attr(keys().spec);
+    return a.attr(keys().mesh).equal(b.attr(keys().mesh)) &&
+           a.attr(keys().placements).equal(b.attr(keys().placements));
 }
 
 // ---- What is covered ----
@@ -319,6 +366,7 @@ private:
     std::vector<Tensor> learning_rates_;  // on devices
     c10::SmallVector<Share, 1> shares_;
     std::vector<NewBuffer> new_buffers_;
+    std::vector<Tensor> dtensors_;  // parameters whose local tensors are updated
     bool on_cpu_ = false;
     bool dampened_first_step_ = false;
 };
@@ -339,10 +387,21 @@ py::list StepPlan::add_group(PyObject* group) {
 
 // Returns whether the kernels cover it; if so it is part of the plan.
 bool StepPlan::add(const py::object& param_object, const Options& options) {
-    if (!THPVariable_CheckExact(param_object.ptr())) return false;
-    const Tensor& param = THPVariable_Unpack(param_object.ptr());
+    const Tensor* const local = local_tensor(param_object.ptr());
+    if (local == nullptr) return false;
+    const Tensor& param = *local;
     const Hyperparameters& h = options.h;
-    Tensor grad = param.unsafeGetTensorImpl()->grad();
+    bool const distributed = !THPVariable_CheckExact(param_object.ptr());
+    Tensor grad;
+    if (distributed) {
+        py::object const object = param_object.attr(keys().grad);
+        if (!holds_elements(param_object) || !same_placements(param_object, object)) return false;
+        const Tensor* const local_grad = local_tensor(object.ptr());
+        if (local_grad == nullptr) return false;
+        grad = *local_grad;
+    } else {
+        grad = param.unsafeGetTensorImpl()->grad();
+    }
     if (param.is_nested() || grad.is_nested()) return false;
     check_update(param, grad, h);
 
@@ -353,8 +412,13 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
         if (of_param && !PyDict_Check(of_param)) return false;
         PyObject* const found = of_param ? find(of_param, keys().momentum_buffer) : nullptr;
         if (found && found != Py_None) {
-            if (!THPVariable_CheckExact(found)) return false;
-            buffer = THPVariable_Unpack(found);
+            if (distributed ? !same_placements(param_object, found)
+                            : !THPVariable_CheckExact(found)) {
+                return false;
+            }
+            const Tensor* const local_buffer = local_tensor(found);
+            if (local_buffer == nullptr) return false;
+            buffer = *local_buffer;
             if (buffer.is_nested()) return false;
             check_buffer(buffer, param, grad);
         }
@@ -383,9 +447,11 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
         grad = at::empty_like(param).copy_(grad);
     }
     if (first_step) {
-        buffer = at::empty_like(param);
-        new_buffers_.push_back(
-            {param_object, py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer))});
+        at::NoGradGuard const no_grad;
+        auto made = py::reinterpret_steal<py::object>(
+            THPVariable_Wrap(at::empty_like(THPVariable_Unpack(param_object.ptr()))));
+        buffer = *local_tensor(made.ptr());
+        new_buffers_.push_back({param_object, std::move(made)});
         dampened_first_step_ |= h.dampening != 0;
     }
 
@@ -400,6 +466,7 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
     share.chunks = entry.extent.end_chunk();
     share.entries.push_back(entry);
     share.tensors.push_back({param, std::move(grad), std::move(buffer)});
+    if (distributed) dtensors_.push_back(THPVariable_Unpack(param_object.ptr()));
     return true;
 }
 
@@ -502,6 +569,7 @@ void StepPlan::run() {
             }
         }
     }
+    for (const Tensor& param : dtensors_) param.unsafeGetTensorImpl()->bump_version();
     for (const NewBuffer& made : new_buffers_) {
         auto const of_param =  // made by the state where it is missing: it is a defaultdict
             py::reinterpret_steal<py::object>(PyObject_GetItem(state_.ptr(), made.param.ptr()));
