@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch.overrides import _get_current_function_mode_stack, handle_torch_funct
 from torch.utils._device import DeviceContext
 
 from fusedstep import _C
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _L1, _MSE, _SMOOTH_L1, _HUBER, _BCE_WITH_LOGITS = range(5)  # Kind in pointwise_loss/math.h
 
@@ -87,7 +91,10 @@ def cross_entropy(
     is done in the forward pass; the backward pass is at most one more. Neither waits for the
     device, and both can be captured in a CUDA graph.
 
-    Arguments outside the above (other devices, tensor subclasses, ``torch.func`` transforms,
+    Logits that are a :class:`torch.distributed.tensor.DTensor` are computed where they lie, also
+    with their classes sharded: :func:`fusedstep.distributed.cross_entropy` says how.
+
+    Arguments outside the above (other devices, other tensor subclasses, ``torch.func`` transforms,
     forward-mode differentiation, a ``target`` or ``weight`` that requires a gradient) go to torch's
     own op.
     """
@@ -96,6 +103,12 @@ def cross_entropy(
     code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(f"{reduction!r} is not a valid value for reduction")
+    if type(input) is not Tensor and _is_dtensor(input):
+        from fusedstep import distributed
+
+        return distributed.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing
+        )
     if is_dynamo_compiling():
         loss: Tensor = torch.ops.fusedstep.cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
@@ -315,7 +328,7 @@ def _pointwise_loss(
     if code is None:
         return None
     if is_dynamo_compiling():
-        if input.shape != target.shape:
+        if input.shape != target.shape or _is_dtensor(input) or _is_dtensor(target):
             return None
         loss: Tensor = torch.ops.fusedstep.pointwise_loss(
             input, target, weight, pos_weight, kind, code, parameter
@@ -344,6 +357,12 @@ def _is_default_device_all_that_watches() -> bool:
     if not torch._C._is_torch_function_mode_enabled():
         return False
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; nothing can be one before its module has been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _torch(ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any) -> Tensor:
