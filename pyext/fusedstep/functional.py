@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 from torch.nn import _reduction as _Reduction
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function
 from torch.utils._device import DeviceContext
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while a graph is made of a program
 
 
 def cross_entropy(
@@ -96,7 +99,7 @@ def cross_entropy(
     code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         raise ValueError(f"{reduction!r} is not a valid value for reduction")
-    if is_dynamo_compiling():
+    if is_compiling() or type(input) in _TRACED:
         loss: Tensor = torch.ops.fusedstep.cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
@@ -314,7 +317,7 @@ def _pointwise_loss(
     code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         return None
-    if is_dynamo_compiling():
+    if is_compiling() or type(input) in _TRACED:
         if input.shape != target.shape:
             return None
         loss: Tensor = torch.ops.fusedstep.pointwise_loss(
