@@ -37,6 +37,7 @@
 #include "torch_glue/loss.h"
 #include "torch_glue/node.h"
 #include "torch_glue/plain.h"
+#include "torch_glue/traceable_node.h"
 
 namespace fusedstep::cross_entropy {
 namespace {
@@ -466,7 +467,7 @@ const auto& backward_op() {
 
 // ---- Autograd ----
 
-struct CrossEntropyBackward0 final : torch::autograd::Node {
+struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     SavedVariable logits;
     SavedVariable target;
     SavedVariable weight;
@@ -475,11 +476,16 @@ struct CrossEntropyBackward0 final : torch::autograd::Node {
     std::int64_t ignore_index = 0;
     double label_smoothing = 0;
     at::ScalarType loss_dtype = at::kFloat;
-    bool symbolic = false;
     Tensor grad;   // for a grad_output of 1; undefined where it is recomputed
     Tensor stats;  // what a recompute needs; undefined where none can happen
 
     std::string name() const override { return "CrossEntropyBackward0"; }
+
+    template <class F>
+    void visit(const F& f) {
+        f(logits), f(target), f(weight), f(has_weight), f(reduction), f(ignore_index);
+        f(label_smoothing), f(loss_dtype), f(grad), f(stats);
+    }
 
     void release_variables() override {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -495,15 +501,24 @@ struct CrossEntropyBackward0 final : torch::autograd::Node {
         std::lock_guard<std::mutex> lock(mutex_);
         TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
         const Tensor& grad_output = grad_outputs[0];
-        if (!grad_output.defined() || !task_should_compute_output(0)) return {Tensor()};
+        Wanted const wanted = wanted_gradients();
+        if (!grad_output.defined() || !wanted[0]) return {Tensor()};
         if (c10::GradMode::is_enabled()) return {differentiable(grad_output)};
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return gradients(grad_output, wanted);
+    }
+
+    variable_list gradients(const Tensor& grad_output, Wanted) {
         return {grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
                                : recomputed(grad_output)};
     }
 
     Tensor recomputed(const Tensor& grad_output) {
-        return backward_op().call(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
+        // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
+        Tensor const saved_logits = logits.unpack();
+        Tensor const saved_target = target.unpack();
+        OptionalTensor const saved_weight = unpacked_weight();
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return backward_op().call(grad_output, saved_logits, saved_target, saved_weight,
                                   ignore_index, label_smoothing, stats);
     }
 

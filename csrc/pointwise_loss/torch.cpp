@@ -39,6 +39,7 @@
 #include "torch_glue/gradient_memory.h"
 #include "torch_glue/loss.h"
 #include "torch_glue/node.h"
+#include "torch_glue/traceable_node.h"
 #include "torch_glue/plain.h"
 #if defined(FUSEDSTEP_CUDA)
 #include "pointwise_loss/cuda_entry.h"
@@ -367,7 +368,7 @@ struct SavedOptional {
     OptionalTensor unpack() const { return given ? OptionalTensor(saved.unpack()) : std::nullopt; }
 };
 
-struct PointwiseLossBackward0 final : torch::autograd::Node {
+struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
     SavedVariable input;
     SavedVariable target;
     SavedOptional weight;
@@ -376,10 +377,15 @@ struct PointwiseLossBackward0 final : torch::autograd::Node {
     std::int64_t reduction = 0;
     double parameter = 0;
     at::ScalarType loss_dtype = at::kFloat;
-    bool symbolic = false;
     Tensor grad;  // for a grad_output of 1; undefined where it is recomputed
 
     std::string name() const override { return "PointwiseLossBackward0"; }
+
+    template <class F>
+    void visit(const F& f) {
+        f(input), f(target), f(weight.saved), f(weight.given), f(pos_weight.saved);
+        f(pos_weight.given), f(kind), f(reduction), f(parameter), f(loss_dtype), f(grad);
+    }
 
     void release_variables() override {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -395,11 +401,14 @@ struct PointwiseLossBackward0 final : torch::autograd::Node {
         std::lock_guard<std::mutex> lock(mutex_);
         TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
         const Tensor& grad_output = grad_outputs[0];
-        bool const of_input = task_should_compute_output(0);
-        bool const of_target = task_should_compute_output(1);
-        if (!grad_output.defined() || !(of_input || of_target)) return {Tensor(), Tensor()};
-        if (c10::GradMode::is_enabled()) return differentiable(grad_output, of_input, of_target);
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        Wanted const wanted = wanted_gradients();
+        if (!grad_output.defined() || !(wanted[0] || wanted[1])) return {Tensor(), Tensor()};
+        if (c10::GradMode::is_enabled()) return differentiable(grad_output, wanted[0], wanted[1]);
+        return gradients(grad_output, wanted);
+    }
+
+    variable_list gradients(const Tensor& grad_output, Wanted wanted) {
+        auto const [of_input, of_target] = wanted;
         Tensor result = grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
                                        : recomputed(grad_output);
         if (!of_target) return {std::move(result), Tensor()};
@@ -409,8 +418,11 @@ struct PointwiseLossBackward0 final : torch::autograd::Node {
     }
 
     Tensor recomputed(const Tensor& grad_output) {
-        return backward_op().call(grad_output, input.unpack(), target.unpack(), weight.unpack(),
-                                  pos_weight.unpack(), kind, reduction, parameter);
+        // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
+        Call const saved = saved_call();
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return backward_op().call(grad_output, saved.input, saved.target, saved.weight,
+                                  saved.pos_weight, kind, reduction, parameter);
     }
 
 #if defined(FUSEDSTEP_CUDA)

@@ -97,6 +97,7 @@ inline bool is_power_of_two(double value) {
 template <class Node>
 at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_output,
                            bool symbolic) {
+    if (symbolic && is_narrow(grad.scalar_type())) return node.recomputed(grad_output);
     if (symbolic || is_symbolic(grad_output) || is_wrapped(grad_output) || in_functorch() ||
         in_dispatch_mode()) {
         return at::mul(grad, grad_output).to(grad.scalar_type());

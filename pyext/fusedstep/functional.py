@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 from torch.nn import _reduction as _Reduction
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function
 from torch.utils._device import DeviceContext
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while a graph is made of a program
 
 
 def cross_entropy(
@@ -109,7 +112,7 @@ def cross_entropy(
         return distributed.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing
         )
-    if is_dynamo_compiling():
+    if is_compiling() or type(input) in _TRACED:
         loss: Tensor = torch.ops.fusedstep.cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
@@ -327,7 +330,7 @@ def _pointwise_loss(
     code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         return None
-    if is_dynamo_compiling():
+    if is_compiling() or type(input) in _TRACED:
         if input.shape != target.shape or _is_dtensor(input) or _is_dtensor(target):
             return None
         loss: Tensor = torch.ops.fusedstep.pointwise_loss(

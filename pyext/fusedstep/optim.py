@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
-from torch._compile import _disable_dynamo
-from torch.compiler import is_dynamo_compiling
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch.optim.optimizer import (
     Optimizer,
     _global_optimizer_post_hooks,
@@ -33,28 +36,25 @@ _HYPERPARAMETERS = {
 }
 
 
-# torch's step without the hooks that Optimizer wraps around it when the first instance is made.
-_torch_step: Callable[..., Any] = torch.optim.SGD.step
-if getattr(_torch_step, "hooked", False):
-    _torch_step = _torch_step.__wrapped__  # type: ignore[attr-defined]
+def _outside_graphs(function: _Step) -> _Step:
+    """Let torch.compile run a function, and all that it calls, as it is.
+
+    What :func:`torch.compiler.disable` does, at no cost for each call.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    outside = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, outside)
+    return function
 
 
 def _profile_hook_step(step: _Step) -> _Step:
-    """Do what :meth:`Optimizer.profile_hook_step` does, and just the update where that is all.
-
-    Under ``torch.compile`` torch's own step, which is made to be traced, takes the place of ours;
-    but its fused one is not, and ours then runs outside the graph.
-    """
+    """Do what :meth:`Optimizer.profile_hook_step` does, and just the update where that is all."""
     profiled = Optimizer.profile_hook_step(step)
-    traced = Optimizer.profile_hook_step(_torch_step)
-    untraced = _disable_dynamo(profiled)
 
+    @_outside_graphs
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
-        if is_dynamo_compiling():
-            fused = any(group["fused"] for group in self.param_groups)
-            return (untraced if fused or hasattr(self, "grad_scale") else traced)(*args, **kwargs)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -201,9 +201,10 @@ class SGD(torch.optim.SGD):
                 for param, buffer in zip(params, buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
 
+    @_outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set every gradient to None, or to zero where ``set_to_none`` is False."""
-        if set_to_none and not is_dynamo_compiling() and not _profiler_enabled():
+        if set_to_none and not _profiler_enabled():
             _C.sgd_zero_grad(self.param_groups)
         else:
             super().zero_grad(set_to_none)
