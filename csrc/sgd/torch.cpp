@@ -21,6 +21,7 @@
 
 #include "sgd/binding.h"
 #include "sgd/sgd.h"
+#include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/plain.h"
 
@@ -111,6 +112,8 @@ bool has_grad(const py::object& param) {
 
 // ---- What is covered ----
 
+CallCounter calls("SGD");  // updates of one parameter
+
 // In this machine's memory or in CUDA's, where its strides say, and no dispatch key but an ordinary
 // tensor's has a say in what is done with it.
 bool is_ordinary(const Tensor& tensor) {
@@ -149,8 +152,8 @@ struct Options {
     Tensor device_lr;
 };
 
-// Nothing where a number requires a gradient. Numbers that are read here must be finite.
-std::optional<Options> read_options(PyObject* group) {
+// Numbers that are read here must be finite.
+Covered<Options> read_options(PyObject* group) {
     bool differentiable = false;
     auto const read = [&](PyObject* key, const char* name) {
         PyObject* const value = get(group, key);
@@ -178,7 +181,7 @@ std::optional<Options> read_options(PyObject* group) {
     h.momentum = read(keys().momentum, "momentum value");
     h.dampening = read(keys().dampening, "dampening value");
     h.weight_decay = read(keys().weight_decay, "weight_decay value");
-    if (differentiable) return std::nullopt;
+    if (differentiable) return not_covered("a hyperparameter that requires a gradient");
     h.nesterov = get_flag(group, keys().nesterov);
     h.maximize = get_flag(group, keys().maximize);
     return options;
@@ -306,7 +309,7 @@ private:
     // Whether gradients are written, as far as is known here.
     bool unscales() const { return !(grad_scale_.is_known() && grad_scale_.value() == 1); }
 
-    bool add(const py::object& param_object, const Options& options);
+    Covered<> add(const py::object& param_object, const Options& options);
     Share& share_on(c10::Device device);
     Step step_of(const Share& share) const;
     void run_on_cpu(const Share& share);
@@ -324,38 +327,44 @@ private:
 };
 
 py::list StepPlan::add_group(PyObject* group) {
-    std::optional<Options> const options = read_options(group);
-    bool const covered = options && !in_functorch() && !in_dispatch_mode();
-    if (covered) {
+    Covered<Options> options = read_options(group);
+    if (in_functorch() || in_dispatch_mode()) options = not_covered("a mode that watches calls");
+    if (options) {
         groups_.push_back(options->h);
         if (options->device_lr.defined()) learning_rates_.push_back(options->device_lr);
     }
     py::list left;
     for_each_param(group, [&](const py::object& param) {
-        if (has_grad(param) && !(covered && add(param, *options))) left.append(param);
+        if (!has_grad(param)) return;
+        Covered<> const answer = options ? add(param, *options) : options.why_not();
+        if (answer) return;
+        left.append(param);
+        calls.fell_back(THPVariable_Unpack(param.ptr()).device(), answer.why_not());
     });
     return left;
 }
 
-// Returns whether the kernels cover it; if so it is part of the plan.
-bool StepPlan::add(const py::object& param_object, const Options& options) {
-    if (!THPVariable_CheckExact(param_object.ptr())) return false;
+// A parameter that is covered is part of the plan.
+Covered<> StepPlan::add(const py::object& param_object, const Options& options) {
+    if (!THPVariable_CheckExact(param_object.ptr())) return not_covered("a tensor subclass");
     const Tensor& param = THPVariable_Unpack(param_object.ptr());
     const Hyperparameters& h = options.h;
     Tensor grad = param.unsafeGetTensorImpl()->grad();
-    if (param.is_nested() || grad.is_nested()) return false;
+    if (param.is_nested() || grad.is_nested()) return not_covered("a nested tensor");
     check_update(param, grad, h);
 
     bool const with_momentum = h.momentum != 0;
     Tensor buffer;
     if (with_momentum) {
         PyObject* const of_param = find(state_.ptr(), param_object.ptr());
-        if (of_param && !PyDict_Check(of_param)) return false;
+        if (of_param && !PyDict_Check(of_param)) return not_covered("a state that is no dict");
         PyObject* const found = of_param ? find(of_param, keys().momentum_buffer) : nullptr;
         if (found && found != Py_None) {
-            if (!THPVariable_CheckExact(found)) return false;
+            if (!THPVariable_CheckExact(found)) {
+                return not_covered("a momentum buffer of a tensor subclass");
+            }
             buffer = THPVariable_Unpack(found);
-            if (buffer.is_nested()) return false;
+            if (buffer.is_nested()) return not_covered("a nested tensor");
             check_buffer(buffer, param, grad);
         }
     }
@@ -366,19 +375,27 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
     auto const is_elsewhere = [device](const Tensor& tensor) {
         return tensor.defined() && tensor.device() != device;
     };
-    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(options.device_lr)) return false;
-    if (!dtype || !is_writable(param) || !param.is_non_overlapping_and_dense()) return false;
-    if (!(unscale ? is_writable(grad) : is_ordinary(grad)) || grad.sizes() != param.sizes() ||
-        grad.scalar_type() != param.scalar_type()) {
-        return false;
+    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(options.device_lr)) {
+        return not_covered("a gradient, momentum buffer or lr on another device");
+    }
+    if (!dtype) return not_covered("a dtype that the kernels do not compute");
+    if (grad.is_sparse()) return not_covered("a sparse gradient");
+    if (!is_writable(param) || !(unscale ? is_writable(grad) : is_ordinary(grad))) {
+        return not_covered("a device or a kind of tensor without kernels");
+    }
+    if (!param.is_non_overlapping_and_dense()) return not_covered("a strided view as a parameter");
+    if (grad.sizes() != param.sizes() || grad.scalar_type() != param.scalar_type()) {
+        return not_covered("a gradient of another shape or dtype");
     }
     bool const first_step = with_momentum && !buffer.defined();
     if (buffer.defined() && (!is_writable(buffer) || !same_layout(param, buffer) ||
                              buffer.scalar_type() != param.scalar_type())) {
-        return false;
+        return not_covered("a momentum buffer of another dtype or layout");
     }
     if (!same_layout(param, grad)) {
-        if (unscale) return false;  // the gradient itself is to change, not a copy
+        if (unscale) {  // the gradient itself is to change, not a copy
+            return not_covered("a gradient of another layout, to be unscaled in place");
+        }
         at::NoGradGuard const no_grad;
         grad = at::empty_like(param).copy_(grad);
     }
@@ -400,7 +417,7 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
     share.chunks = entry.extent.end_chunk();
     share.entries.push_back(entry);
     share.tensors.push_back({param, std::move(grad), std::move(buffer)});
-    return true;
+    return covered;
 }
 
 StepPlan::Share& StepPlan::share_on(c10::Device device) {
@@ -492,6 +509,7 @@ void StepPlan::run_on_cuda(const Share&) {}
 void StepPlan::run() {
     for (const Share& share : shares_) {
         runs_on_cuda(share.device) ? run_on_cuda(share) : run_on_cpu(share);
+        calls.fused(share.device, static_cast<std::int64_t>(share.entries.size()));
     }
     for (const Share& share : shares_) {
         for (const Tensors& written : share.tensors) {
