@@ -32,6 +32,7 @@
 #if defined(FUSEDSTEP_CUDA)
 #include "cross_entropy/cuda_entry.h"
 #endif
+#include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/gradient_memory.h"
 #include "torch_glue/loss.h"
@@ -47,6 +48,8 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 // ---- What is covered ----
+
+CallCounter calls("cross_entropy");
 
 bool is_class_index(const Tensor& target) {
     return target.scalar_type() == at::kLong || target.scalar_type() == at::kByte;
@@ -92,59 +95,69 @@ void check_shapes(const Tensor& logits, const Tensor& target) {
     TORCH_CHECK(false, message);
 }
 
-// The dtype of the loss, or nothing where the dtypes are not covered.
-std::optional<at::ScalarType> loss_type(const Tensor& logits, const Tensor& target,
-                                        const OptionalTensor& weight, bool probabilities) {
+// The dtype of the loss.
+Covered<at::ScalarType> loss_type(const Tensor& logits, const Tensor& target,
+                                  const OptionalTensor& weight, bool probabilities) {
     at::ScalarType const type = logits.scalar_type();
-    if (!kernel_dtype(type)) return std::nullopt;
+    if (!kernel_dtype(type)) return not_covered("a dtype that the kernels do not compute");
     bool const autocast = in_autocast(logits);
     bool const narrow = is_narrow(type);
     at::ScalarType loss = autocast && narrow ? at::kFloat : type;
     if (probabilities && target.scalar_type() != type) {
-        if (!narrow || target.scalar_type() != at::kFloat) return std::nullopt;
+        if (!narrow || target.scalar_type() != at::kFloat) {
+            return not_covered("class probabilities of another dtype than input");
+        }
         loss = at::kFloat;
     }
     if (is_given(weight) && weight->scalar_type() != type) {
         // Autocast widens logits and weight alike; without it torch refuses a mixture.
-        if (!autocast || !narrow || !kernel_dtype(weight->scalar_type())) return std::nullopt;
-        if (weight->scalar_type() == at::kDouble) return std::nullopt;
+        if (!autocast || !narrow || !kernel_dtype(weight->scalar_type()) ||
+            weight->scalar_type() == at::kDouble) {
+            return not_covered("a weight of another dtype than input");
+        }
     }
     return loss;
 }
 
-bool covers_tensor(const Tensor& tensor, const Tensor& logits) {
-    return tensor.device() == logits.device() && is_plain_strided(tensor);
-}
-
 // Decides from metadata alone. Raises for shapes that no kernel could accept.
-std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& target,
-                                                const OptionalTensor& weight,
-                                                std::int64_t reduction, std::int64_t ignore_index,
-                                                double label_smoothing) {
-    if (!has_kernels(logits) || in_functorch() || !is_plain_strided(logits) ||
-        !covers_tensor(target, logits)) {
-        return std::nullopt;
+Covered<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& target,
+                                          const OptionalTensor& weight, std::int64_t reduction,
+                                          std::int64_t ignore_index, double label_smoothing) {
+    if (!has_kernels(logits)) return not_covered("a device without kernels");
+    if (in_functorch()) return not_covered("a torch.func transform");
+    if (!is_plain_strided(logits)) return not_covered("input is sparse, or wrapped by a transform");
+    if (!is_plain_strided(target)) {
+        return not_covered("target is sparse, or wrapped by a transform");
     }
-    if (logits.dim() < 1 || logits.dim() > kMaxRowDims || class_count(logits) == 0) {
-        return std::nullopt;
+    if (target.device() != logits.device()) return not_covered("target on another device");
+    if (logits.dim() < 1 || logits.dim() > kMaxRowDims) {
+        return not_covered("a number of dimensions that the kernels do not walk");
     }
-    if (reduction < 0 || reduction > 2 || !(label_smoothing >= 0.0 && label_smoothing <= 1.0)) {
-        return std::nullopt;
+    if (class_count(logits) == 0) return not_covered("no classes");
+    if (reduction < 0 || reduction > 2) return not_covered("an unknown reduction");
+    if (!(label_smoothing >= 0.0 && label_smoothing <= 1.0)) {
+        return not_covered("label_smoothing outside [0, 1]");
     }
-    if (target.requires_grad() || torch::autograd::isFwGradDefined(logits) ||
-        torch::autograd::isFwGradDefined(target)) {
-        return std::nullopt;
+    if (target.requires_grad()) return not_covered("a target that requires a gradient");
+    if (torch::autograd::isFwGradDefined(logits) || torch::autograd::isFwGradDefined(target) ||
+        torch::autograd::isFwGradDefined(weight)) {
+        return not_covered("forward-mode differentiation");
     }
     if (is_given(weight)) {
-        if (!covers_tensor(*weight, logits) || weight->requires_grad() || weight->dim() != 1 ||
-            weight->sym_size(0) != class_count(logits) ||
-            torch::autograd::isFwGradDefined(weight)) {
-            return std::nullopt;
+        if (!is_plain_strided(*weight)) {
+            return not_covered("weight is sparse, or wrapped by a transform");
+        }
+        if (weight->device() != logits.device()) return not_covered("weight on another device");
+        if (weight->requires_grad()) return not_covered("a weight that requires a gradient");
+        if (weight->dim() != 1 || weight->sym_size(0) != class_count(logits)) {
+            return not_covered("weight is not one value for each class");
         }
     }
     check_shapes(logits, target);
     bool const probabilities = !is_class_index(target);
-    if (probabilities && ignore_index >= 0) return std::nullopt;
+    if (probabilities && ignore_index >= 0) {
+        return not_covered("ignore_index with class probabilities");
+    }
     return loss_type(logits, target, weight, probabilities);
 }
 
@@ -336,6 +349,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
         for (double sum : sums) total.add(sum);
         write_scalar(loss, 0, total.total() * args.gradient_scale);
     }
+    calls.fused(logits.device());
     return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats, lse};
 }
 
@@ -411,6 +425,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
                            static_cast<BlockTotals*>(totals.mutable_data_ptr()),
                            kernel.args.target_kind == TargetKind::probability ? nullptr : &fault};
     check_launch(forward(args, limits, current_stream(logits.device())), "cross_entropy");
+    calls.fused(logits.device());
     return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats, lse};
 }
 
@@ -539,6 +554,7 @@ private:
     // The same gradient as a differentiable function of logits and grad_output: torch's own ops.
     Tensor differentiable(const Tensor& grad_output) {
         Tensor const x = logits.unpack();
+        calls.fell_back(x.device(), kDifferentiableBackward);
         OptionalTensor w = unpacked_weight();
         if (w) w = w->to(loss_dtype);
         Tensor const loss = at::cross_entropy_loss(x.to(loss_dtype), target.unpack(), w, reduction,
@@ -584,12 +600,11 @@ Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& w
 
 Tensor cross_entropy_op(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                         std::int64_t reduction, std::int64_t ignore_index, double label_smoothing) {
-    auto const loss_dtype =
-        covered_loss_type(logits, target, weight, reduction, ignore_index, label_smoothing);
-    return loss_dtype ? fused(logits, target, weight, reduction, ignore_index, label_smoothing,
-                              *loss_dtype)
-                      : at::cross_entropy_loss(logits, target, weight, reduction, ignore_index,
-                                               label_smoothing);
+    OptionalTensor loss =
+        cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+    return loss ? std::move(*loss)
+                : at::cross_entropy_loss(logits, target, weight, reduction, ignore_index,
+                                         label_smoothing);
 }
 
 }  // namespace
@@ -599,7 +614,10 @@ OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target,
                              std::int64_t ignore_index, double label_smoothing) {
     auto const loss_dtype =
         covered_loss_type(logits, target, weight, reduction, ignore_index, label_smoothing);
-    if (!loss_dtype) return std::nullopt;
+    if (!loss_dtype) {
+        calls.fell_back(logits.device(), loss_dtype.why_not());
+        return std::nullopt;
+    }
     return fused(logits, target, weight, reduction, ignore_index, label_smoothing, *loss_dtype);
 }
 

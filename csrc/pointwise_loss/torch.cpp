@@ -35,6 +35,7 @@
 #include "core/compensated_sum.h"
 #include "pointwise_loss/binding.h"
 #include "pointwise_loss/pointwise_loss.h"
+#include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/gradient_memory.h"
 #include "torch_glue/loss.h"
@@ -54,6 +55,13 @@ using torch::autograd::variable_list;
 
 // ---- What is covered ----
 
+// In the order of Kind, as far as users choose one.
+CallCounter counters[] = {CallCounter("l1_loss"), CallCounter("mse_loss"),
+                          CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
+                          CallCounter("binary_cross_entropy_with_logits")};
+
+CallCounter& calls(std::int64_t kind) { return counters[static_cast<std::size_t>(kind)]; }
+
 // The tensors and numbers of one call.
 struct Call {
     Tensor input;
@@ -67,43 +75,70 @@ struct Call {
     bool is_reduced() const { return reduction != Reduction::none; }
 };
 
-bool covers_tensor(const Tensor& tensor, const Tensor& input) {
-    return tensor.device() == input.device() && is_plain_strided(tensor) &&
-           !torch::autograd::isFwGradDefined(tensor);
-}
-
-// A weight or pos_weight, constant and to be expanded to the shape of the input.
-bool covers_factor(const OptionalTensor& factor, const Tensor& input) {
-    return !is_given(factor) ||
-           (covers_tensor(*factor, input) && !factor->requires_grad() &&
-            factor->scalar_type() == input.scalar_type() && !factor->is_meta() &&
-            !is_symbolic(*factor) && at::is_expandable_to(factor->sizes(), input.sizes()));
-}
-
-// The dtype of the loss, or nothing where the kernels do not cover the call. Decides from metadata
-// alone.
-std::optional<at::ScalarType> covered_loss_type(const Call& call) {
-    const auto& [input, target, weight, pos_weight, kind, reduction, parameter] = call;
-    if (!has_kernels(input) || in_functorch() || !covers_tensor(input, input) ||
-        !covers_tensor(target, input) || input.dim() > kMaxDims ||
-        input.sym_sizes() != target.sym_sizes()) {
-        return std::nullopt;
+// Of a weight or pos_weight, constant and to be expanded to the shape of the input.
+Covered<> covered_factor(const OptionalTensor& factor, const Tensor& input) {
+    if (!is_given(factor)) return covered;
+    if (!is_plain_strided(*factor)) {
+        return not_covered("a weight that is sparse, or wrapped by a transform");
     }
-    if (static_cast<int>(reduction) < 0 || static_cast<int>(reduction) > 2) return std::nullopt;
+    if (factor->device() != input.device()) return not_covered("a weight on another device");
+    if (torch::autograd::isFwGradDefined(factor)) {
+        return not_covered("forward-mode differentiation");
+    }
+    if (factor->requires_grad()) return not_covered("a weight that requires a gradient");
+    if (factor->scalar_type() != input.scalar_type()) {
+        return not_covered("a weight of another dtype than input");
+    }
+    if (factor->is_meta() || is_symbolic(*factor)) {
+        return not_covered("a weight in a traced program");
+    }
+    if (!at::is_expandable_to(factor->sizes(), input.sizes())) {
+        return not_covered("a weight that does not expand to the shape of input");
+    }
+    return covered;
+}
+
+// The dtype of the loss. Decides from metadata alone.
+Covered<at::ScalarType> covered_loss_type(const Call& call) {
+    const auto& [input, target, weight, pos_weight, kind, reduction, parameter] = call;
+    if (!has_kernels(input)) return not_covered("a device without kernels");
+    if (in_functorch()) return not_covered("a torch.func transform");
+    if (!is_plain_strided(input)) return not_covered("input is sparse, or wrapped by a transform");
+    if (!is_plain_strided(target)) {
+        return not_covered("target is sparse, or wrapped by a transform");
+    }
+    if (target.device() != input.device()) return not_covered("target on another device");
+    if (torch::autograd::isFwGradDefined(input) || torch::autograd::isFwGradDefined(target)) {
+        return not_covered("forward-mode differentiation");
+    }
+    if (input.dim() > kMaxDims) {
+        return not_covered("a number of dimensions that the kernels do not walk");
+    }
+    if (input.sym_sizes() != target.sym_sizes()) return not_covered("shapes that broadcast");
+    if (static_cast<int>(reduction) < 0 || static_cast<int>(reduction) > 2) {
+        return not_covered("an unknown reduction");
+    }
     bool const has_parameter = kind == Kind::smooth_l1 || kind == Kind::huber;
-    if (has_parameter && !(parameter > 0)) return std::nullopt;
-    bool const has_factors = is_given(weight) || is_given(pos_weight);
-    if (has_factors && kind != Kind::bce_with_logits) return std::nullopt;
-    if (!covers_factor(weight, input) || !covers_factor(pos_weight, input)) return std::nullopt;
-    if (target.requires_grad() &&
-        (!is_symmetric(kind) || target.scalar_type() != input.scalar_type())) {
-        return std::nullopt;
+    if (has_parameter && !(parameter > 0)) return not_covered("beta or delta is not positive");
+    if ((is_given(weight) || is_given(pos_weight)) && kind != Kind::bce_with_logits) {
+        return not_covered("a weight for each element");
+    }
+    for (const OptionalTensor* factor : {&weight, &pos_weight}) {
+        if (auto const answer = covered_factor(*factor, input); !answer) return answer.why_not();
+    }
+    if (target.requires_grad()) {
+        if (!is_symmetric(kind)) return not_covered("a target that requires a gradient");
+        if (target.scalar_type() != input.scalar_type()) {
+            return not_covered("a target of another dtype that requires a gradient");
+        }
     }
     at::ScalarType const type = input.scalar_type();
-    if (!kernel_dtype(type)) return std::nullopt;
+    if (!kernel_dtype(type)) return not_covered("a dtype that the kernels do not compute");
     bool const widened = is_narrow(type) && in_autocast(input);
     bool const mixed = widened && target.scalar_type() == at::kFloat;
-    if (target.scalar_type() != type && !mixed) return std::nullopt;
+    if (target.scalar_type() != type && !mixed) {
+        return not_covered("a target of another dtype than input");
+    }
     return widened ? at::kFloat : type;
 }
 
@@ -250,6 +285,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target
         for (double sum : sums) total.add(sum);
         write_scalar(out.loss, 0, total.total() * args.gradient_scale);
     }
+    calls(kind).fused(input.device());
     return out.tuple(call);
 }
 
@@ -294,6 +330,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& input, const Tensor& targe
     ForwardArgs const args{kernel.args, call.is_reduced() ? out.loss.mutable_data_ptr() : nullptr,
                            static_cast<double*>(totals.mutable_data_ptr())};
     check_launch(forward(args, limits, current_stream(input.device())), "pointwise_loss");
+    calls(kind).fused(input.device());
     return out.tuple(call);
 }
 
@@ -442,6 +479,7 @@ private:
     // The same gradients as differentiable functions of the operands and grad_output: torch's ops.
     variable_list differentiable(const Tensor& grad_output, bool of_input, bool of_target) {
         Call const saved = saved_call();
+        calls(kind).fell_back(saved.input.device(), kDifferentiableBackward);
         Call call = saved;
         call.input = saved.input.to(loss_dtype);
         call.target = saved.target.to(loss_dtype);
@@ -490,14 +528,24 @@ Tensor fused(const Call& call, at::ScalarType loss_dtype) {
     return loss;
 }
 
+OptionalTensor covered_loss(const Call& call) {
+    auto const loss_dtype = covered_loss_type(call);
+    if (!loss_dtype) {
+        calls(static_cast<std::int64_t>(call.kind))
+            .fell_back(call.input.device(), loss_dtype.why_not());
+        return std::nullopt;
+    }
+    return fused(call, *loss_dtype);
+}
+
 Tensor pointwise_loss_op(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& pos_weight, std::int64_t kind,
                          std::int64_t reduction, double parameter) {
     TORCH_CHECK(kind >= 0 && kind <= static_cast<int>(Kind::bce_with_logits),
                 "pointwise_loss: there is no kind ", kind);
     Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
-    auto const loss_dtype = covered_loss_type(call);
-    return loss_dtype ? fused(call, *loss_dtype) : torch_loss(call);
+    OptionalTensor loss = covered_loss(call);
+    return loss ? std::move(*loss) : torch_loss(call);
 }
 
 }  // namespace
@@ -505,10 +553,7 @@ Tensor pointwise_loss_op(const Tensor& input, const Tensor& target, const Option
 OptionalTensor pointwise_loss(const Tensor& input, const Tensor& target,
                               const OptionalTensor& weight, const OptionalTensor& pos_weight,
                               std::int64_t kind, std::int64_t reduction, double parameter) {
-    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
-    auto const loss_dtype = covered_loss_type(call);
-    if (!loss_dtype) return std::nullopt;
-    return fused(call, *loss_dtype);
+    return covered_loss(make_call(input, target, weight, pos_weight, kind, reduction, parameter));
 }
 
 const std::type_info& backward_node_type() { return typeid(PointwiseLossBackward0); }

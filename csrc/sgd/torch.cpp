@@ -21,6 +21,7 @@
 
 #include "sgd/binding.h"
 #include "sgd/sgd.h"
+#include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/plain.h"
 
@@ -158,6 +159,8 @@ bool same_placements(py::handle dtensor, py::handle other) {
 
 // ---- What is covered ----
 
+CallCounter calls("SGD");  // updates of one parameter
+
 // In this machine's memory or in CUDA's, where its strides say, and no dispatch key but an ordinary
 // tensor's has a say in what is done with it.
 bool is_ordinary(const Tensor& tensor) {
@@ -196,8 +199,8 @@ struct Options {
     Tensor device_lr;
 };
 
-// Nothing where a number requires a gradient. Numbers that are read here must be finite.
-std::optional<Options> read_options(PyObject* group) {
+// Numbers that are read here must be finite.
+Covered<Options> read_options(PyObject* group) {
     bool differentiable = false;
     auto const read = [&](PyObject* key, const char* name) {
         PyObject* const value = get(group, key);
@@ -225,7 +228,7 @@ std::optional<Options> read_options(PyObject* group) {
     h.momentum = read(keys().momentum, "momentum value");
     h.dampening = read(keys().dampening, "dampening value");
     h.weight_decay = read(keys().weight_decay, "weight_decay value");
-    if (differentiable) return std::nullopt;
+    if (differentiable) return not_covered("a hyperparameter that requires a gradient");
     h.nesterov = get_flag(group, keys().nesterov);
     h.maximize = get_flag(group, keys().maximize);
     return options;
@@ -353,7 +356,7 @@ private:
     // Whether gradients are written, as far as is known here.
     bool unscales() const { return !(grad_scale_.is_known() && grad_scale_.value() == 1); }
 
-    bool add(const py::object& param_object, const Options& options);
+    Covered<> add(const py::object& param_object, const Options& options);
     Share& share_on(c10::Device device);
     Step step_of(const Share& share) const;
     void run_on_cpu(const Share& share);
@@ -372,54 +375,62 @@ private:
 };
 
 py::list StepPlan::add_group(PyObject* group) {
-    std::optional<Options> const options = read_options(group);
-    bool const covered = options && !in_functorch() && !in_dispatch_mode();
-    if (covered) {
+    Covered<Options> options = read_options(group);
+    if (in_functorch() || in_dispatch_mode()) options = not_covered("a mode that watches calls");
+    if (options) {
         groups_.push_back(options->h);
         if (options->device_lr.defined()) learning_rates_.push_back(options->device_lr);
     }
     py::list left;
     for_each_param(group, [&](const py::object& param) {
-        if (has_grad(param) && !(covered && add(param, *options))) left.append(param);
+        if (!has_grad(param)) return;
+        Covered<> const answer = options ? add(param, *options) : options.why_not();
+        if (answer) return;
+        left.append(param);
+        calls.fell_back(THPVariable_Unpack(param.ptr()).device(), answer.why_not());
     });
     return left;
 }
 
-// Returns whether the kernels cover it; if so it is part of the plan.
-bool StepPlan::add(const py::object& param_object, const Options& options) {
+// A parameter that is covered is part of the plan.
+Covered<> StepPlan::add(const py::object& param_object, const Options& options) {
     const Tensor* const local = local_tensor(param_object.ptr());
-    if (local == nullptr) return false;
+    if (local == nullptr) return not_covered("a tensor subclass");
     const Tensor& param = *local;
     const Hyperparameters& h = options.h;
     bool const distributed = !THPVariable_CheckExact(param_object.ptr());
     Tensor grad;
     if (distributed) {
         py::object const object = param_object.attr(keys().grad);
-        if (!holds_elements(param_object) || !same_placements(param_object, object)) return false;
+        if (!holds_elements(param_object)) return not_covered("a DTensor of partial sums");
+        if (!same_placements(param_object, object)) {
+            return not_covered("a gradient placed unlike its parameter");
+        }
         const Tensor* const local_grad = local_tensor(object.ptr());
-        if (local_grad == nullptr) return false;
+        if (local_grad == nullptr) return not_covered("a tensor subclass");
         grad = *local_grad;
     } else {
         grad = param.unsafeGetTensorImpl()->grad();
     }
-    if (param.is_nested() || grad.is_nested()) return false;
+    if (param.is_nested() || grad.is_nested()) return not_covered("a nested tensor");
     check_update(param, grad, h);
 
     bool const with_momentum = h.momentum != 0;
     Tensor buffer;
     if (with_momentum) {
         PyObject* const of_param = find(state_.ptr(), param_object.ptr());
-        if (of_param && !PyDict_Check(of_param)) return false;
+        if (of_param && !PyDict_Check(of_param)) return not_covered("a state that is no dict");
         PyObject* const found = of_param ? find(of_param, keys().momentum_buffer) : nullptr;
         if (found && found != Py_None) {
-            if (distributed ? !same_placements(param_object, found)
-                            : !THPVariable_CheckExact(found)) {
-                return false;
+            if (distributed && !same_placements(param_object, found)) {
+                return not_covered("a momentum buffer placed unlike its parameter");
             }
             const Tensor* const local_buffer = local_tensor(found);
-            if (local_buffer == nullptr) return false;
+            if (local_buffer == nullptr || (!distributed && is_dtensor(found))) {
+                return not_covered("a momentum buffer of a tensor subclass");
+            }
             buffer = *local_buffer;
-            if (buffer.is_nested()) return false;
+            if (buffer.is_nested()) return not_covered("a nested tensor");
             check_buffer(buffer, param, grad);
         }
     }
@@ -430,19 +441,27 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
     auto const is_elsewhere = [device](const Tensor& tensor) {
         return tensor.defined() && tensor.device() != device;
     };
-    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(options.device_lr)) return false;
-    if (!dtype || !is_writable(param) || !param.is_non_overlapping_and_dense()) return false;
-    if (!(unscale ? is_writable(grad) : is_ordinary(grad)) || grad.sizes() != param.sizes() ||
-        grad.scalar_type() != param.scalar_type()) {
-        return false;
+    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(options.device_lr)) {
+        return not_covered("a gradient, momentum buffer or lr on another device");
+    }
+    if (!dtype) return not_covered("a dtype that the kernels do not compute");
+    if (grad.is_sparse()) return not_covered("a sparse gradient");
+    if (!is_writable(param) || !(unscale ? is_writable(grad) : is_ordinary(grad))) {
+        return not_covered("a device or a kind of tensor without kernels");
+    }
+    if (!param.is_non_overlapping_and_dense()) return not_covered("a strided view as a parameter");
+    if (grad.sizes() != param.sizes() || grad.scalar_type() != param.scalar_type()) {
+        return not_covered("a gradient of another shape or dtype");
     }
     bool const first_step = with_momentum && !buffer.defined();
     if (buffer.defined() && (!is_writable(buffer) || !same_layout(param, buffer) ||
                              buffer.scalar_type() != param.scalar_type())) {
-        return false;
+        return not_covered("a momentum buffer of another dtype or layout");
     }
     if (!same_layout(param, grad)) {
-        if (unscale) return false;  // the gradient itself is to change, not a copy
+        if (unscale) {  // the gradient itself is to change, not a copy
+            return not_covered("a gradient of another layout, to be unscaled in place");
+        }
         at::NoGradGuard const no_grad;
         grad = at::empty_like(param).copy_(grad);
     }
@@ -467,7 +486,7 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
     share.entries.push_back(entry);
     share.tensors.push_back({param, std::move(grad), std::move(buffer)});
     if (distributed) dtensors_.push_back(THPVariable_Unpack(param_object.ptr()));
-    return true;
+    return covered;
 }
 
 StepPlan::Share& StepPlan::share_on(c10::Device device) {
@@ -559,6 +578,7 @@ void StepPlan::run_on_cuda(const Share&) {}
 void StepPlan::run() {
     for (const Share& share : shares_) {
         runs_on_cuda(share.device) ? run_on_cuda(share) : run_on_cpu(share);
+        calls.fused(share.device, static_cast<std::int64_t>(share.entries.size()));
     }
     for (const Share& share : shares_) {
         for (const Tensors& written : share.tensors) {
