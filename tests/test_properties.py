@@ -54,13 +54,14 @@ EVER = settings(
 class Explorer:
     """Tries a property on a fixed set of examples, or on new ones for as long as is asked for."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, share: float) -> None:
         self.seconds = seconds
+        self.share = share
         self.tried = 0
 
     def __call__(self, attempt: Callable[[settings], Any], examples: int) -> None:
         if not self.seconds:
-            attempt(settings(EVER, max_examples=examples, derandomize=True))
+            attempt(settings(EVER, max_examples=int(examples * self.share), derandomize=True))
         end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             attempt(settings(EVER, max_examples=examples))
@@ -68,7 +69,8 @@ class Explorer:
 
 @pytest.fixture
 def explore(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Any:
-    explorer = Explorer(request.config.getoption("--explore"))
+    is_slow = request.config.getoption("--device") == "emulator"
+    explorer = Explorer(request.config.getoption("--explore"), share=0.2 if is_slow else 1)
     yield explorer
     assert explorer.tried > 0
     if explorer.seconds:
@@ -263,7 +265,7 @@ def test_cross_entropy_is_accurate(explore: Explorer, device: str) -> None:
 
         holds()
 
-    explore(attempt, examples=150)
+    explore(attempt, examples=100)
 
 
 def test_cross_entropy_of_special_values(explore: Explorer, device: str) -> None:
@@ -355,7 +357,7 @@ def test_pointwise_losses_are_accurate(explore: Explorer, device: str) -> None:
 
         holds()
 
-    explore(attempt, examples=150)
+    explore(attempt, examples=100)
 
 
 def test_pointwise_losses_of_special_values(explore: Explorer, device: str) -> None:
@@ -635,11 +637,14 @@ def roundings(
 ) -> tuple[Tensor, Tensor]:
     """What one step may round of parameter and momentum buffer: storing each, and eight roundings
     of the arithmetic on the scale of its terms. float64 has to be torch's to the bit."""
-    if twin.dtype == F64 or twin.exact.grad is None:
+    if twin.dtype == F64 or twin.param.grad is None or twin.exact.grad is None:
         zero = torch.zeros_like(param)
         return zero, zero
     compute = torch.finfo(COMPUTE[twin.dtype])
-    eps = compute.eps
+    # What torch computes for us, strided views and some mixtures of layouts, it rounds each time.
+    grad = twin.param.grad
+    is_ours = torch.empty_like(twin.param).stride() == twin.param.stride() == grad.stride()
+    eps = compute.eps if is_ours else torch.finfo(twin.dtype).eps
     lr, momentum = float(options["lr"]), options["momentum"]
     terms = twin.exact.grad.abs() + options["weight_decay"] * param.abs()
     kept = terms
@@ -667,7 +672,8 @@ def assert_within(actual: Tensor, exact: Tensor, allowed: Tensor) -> None:
     agree = (actual == exact) | (actual.isnan() & exact.isnan()) | allowed.isinf()
     agree |= actual.isinf() & (exact.abs() + allowed >= largest)
     excess = torch.where(agree, 0.0, (actual - exact).abs() - allowed)
-    assert (excess <= 0).all(), (actual[~(excess <= 0)], exact[~(excess <= 0)])
+    wrong = ~(excess <= 0)
+    assert not wrong.any(), [t[wrong].tolist() for t in (actual, exact, allowed)]
 
 
 def same_bits(a: Any, b: Any) -> bool:
@@ -685,5 +691,5 @@ def test_histories_of_sgd(explore: Explorer, device: str, on_cuda: bool) -> None
         lambda profile: run_state_machine_as_test(
             lambda: StepsOfSGD(device, on_cuda, explore), settings=profile
         ),
-        examples=30,
+        examples=25,
     )
