@@ -35,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="the CPU's kernels, CUDA's on the emulator, or CUDA's on a card",
     )
+    parser.addoption(
+        "--explore",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="try each property on ever new inputs for so long, not on a fixed few",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
