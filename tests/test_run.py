@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ PYTHON = [sys.executable]
 OURS = [sys.executable, "-m", "fusedstep", "run"]
 
 FACTS = """
-import json, os, sys, threading
+import json, os, sys
 main = sys.modules["__main__"]
 facts = {
-    "argv": sys.argv,
+    "script": os.path.abspath(sys.argv[0]),
+    "arguments": sys.argv[1:],
     "path": sys.path[0],
     "name": __name__,
     "file": os.path.abspath(__file__),
@@ -32,7 +34,6 @@ facts = {
     "is main": main.__dict__ is globals(),
     "loader": type(__loader__).__name__,
     "doc": __doc__,
-    "annotations": __annotations__ if "__annotations__" in globals() else None,
 }
 print(json.dumps(facts))
 sys.exit(int(sys.argv[1]))
@@ -102,21 +103,22 @@ from torch.utils.data import DataLoader, TensorDataset
 
 data = TensorDataset(torch.randn(16, 4), torch.randint(3, (16,)))
 
-def learn(rank):
+def learn(rank, workers=0):
     net = torch.nn.Linear(4, 3)
     optimizer = SGD(net.parameters(), lr=0.1)
-    for x, y in DataLoader(data, 8, num_workers=1 - rank, multiprocessing_context="METHOD"):
+    context = "METHOD" if workers else None
+    for x, y in DataLoader(data, 8, num_workers=workers, multiprocessing_context=context):
         CrossEntropyLoss()(net(x), y).backward()
         optimizer.step()
 
 if __name__ == "__main__":
-    learn(0)
+    learn(0, workers=1)
     mp.start_processes(learn, args=(), nprocs=1, start_method="METHOD")
 """
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_processes_that_are_spawned(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_processes_of_multiprocessing(method: str, tmp_path: Path) -> None:
     write(tmp_path, learns=LEARN.replace("METHOD", method))
     done = run([*OURS, "--stats", "learns.py"], tmp_path)
     counts = re.findall(r"^(cross_entropy|SGD) +cpu +(\d+) +(\d+)", done.stderr, re.MULTILINE)
@@ -153,7 +155,7 @@ def trained(
     out: Path, *commands: Sequence[object]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The weights and metrics that a script leaves in a folder."""
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     for command in commands:
         done = run(command, out)
         if "--stats" in command:
@@ -180,10 +182,11 @@ def test_image_classification_with_checkpoints(tmp_path: Path) -> None:
     stats = [*OURS, "--stats"]
     torchs, expected = trained(tmp_path / "torch", [*PYTHON, script, "--out", "."])
     whole, _ = trained(tmp_path / "whole", [*stats, script, "--out", "."])
-    halves, metrics = trained(
-        tmp_path / "halves", [*stats, script, *first], [*stats, script, *rest]
-    )
-    mixed, _ = trained(tmp_path / "mixed", [*stats, script, *first], [*PYTHON, script, *rest])
+    (tmp_path / "halves").mkdir()
+    run([*stats, script, *first], tmp_path / "halves")
+    shutil.copytree(tmp_path / "halves", tmp_path / "mixed")
+    halves, metrics = trained(tmp_path / "halves", [*stats, script, *rest])
+    mixed, _ = trained(tmp_path / "mixed", [*PYTHON, script, *rest])
     # A checkpoint loses nothing: the same bits as without a stop.
     assert all(torch.equal(halves[k], whole[k]) for k in whole)
     # Roundings of the loss in float32, which 96 steps amplify.

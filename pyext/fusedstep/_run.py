@@ -33,12 +33,12 @@ def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool)
         arguments: What ``sys.argv`` holds after the script.
         is_module: Whether ``target`` is a module's name.
         with_stats: Print :func:`fusedstep.stats` to stderr when the process exits. So do the
-            processes that it spawns, if they have something to tell.
+            processes that multiprocessing starts, if they have something to tell.
     """
     _patch.patch()
     if with_stats:
         _stats.print_at_exit()
-        _patch.in_spawned.append(_stats.print_at_exit_if_called)
+        _patch.in_spawned.append(_stats.print_at_exit_of_child)
     sys.excepthook = _show_exception
     sys.argv = [target, *arguments]
     if is_module:
@@ -49,7 +49,7 @@ def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool)
     if pkgutil.get_importer(target) is None:
         _run_script(target)
     else:
-        runpy.run_path(target, run_name="__main__")
+        runpy.run_path(os.path.abspath(target), run_name="__main__")
 
 
 def _run_script(script: str) -> None:
@@ -59,7 +59,8 @@ def _run_script(script: str) -> None:
         with io.open_code(path) as file:
             source = file.read()
     except OSError as error:
-        print(f"{sys.executable}: can't open file {path!r}: {error}", file=sys.stderr)
+        why = f"[Errno {error.errno}] {error.strerror}"
+        print(f"{sys.orig_argv[0]}: can't open file {path!r}: {why}", file=sys.stderr)
         sys.exit(2)
     if _PATH_BEGINS_WITH_SCRIPT:
         sys.path.insert(0, os.path.dirname(os.path.realpath(path)))

@@ -6,6 +6,7 @@ import atexit
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.util import Finalize, register_after_fork
 
 from fusedstep import _C, _patch
 
@@ -105,10 +106,24 @@ def reset_stats() -> None:
 
 
 def print_at_exit() -> None:
-    """Print the summary to stderr when this process exits."""
-    atexit.register(lambda: print(stats(), file=sys.stderr))
+    """Print the summary to stderr when this process exits, and when its children do."""
+    atexit.register(_print)
+    register_after_fork(_print, lambda _: _begin_child())
 
 
-def print_at_exit_if_called() -> None:
-    """Print the summary to stderr when this process exits, if there were any calls."""
-    atexit.register(lambda: print(stats(), file=sys.stderr) if stats().calls else None)
+def print_at_exit_of_child() -> None:
+    """Print the summary when this process, which multiprocessing has spawned, ends."""
+    # What is begun here, "forkserver" drops and begins anew; "spawn" does not.
+    register_after_fork(_print, lambda _: _begin_child())
+    _begin_child()
+
+
+def _begin_child() -> None:
+    reset_stats()  # a fork has its parent's counts
+    Finalize(None, _print, kwargs={"even_if_empty": False}, exitpriority=0)
+
+
+def _print(even_if_empty: bool = True) -> None:
+    summary = stats()
+    if summary.calls or even_if_empty:
+        print(summary, file=sys.stderr)
