@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -31,6 +32,15 @@ __all__ = [
     "mse_loss",
     "smooth_l1_loss",
 ]
+
+# torch's own functions: those that torch.nn.functional held when this module was imported.
+_TORCH: dict[str, Callable[..., Tensor]] = {
+    name: getattr(torch.nn.functional, name)
+    for name in __all__
+    if hasattr(torch.nn.functional, name)
+}
+
+_WITHOUT_WEIGHT = {"l1_loss", "mse_loss", "huber_loss"}  # whose weight is torch's to compute
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while a graph is made of a program
@@ -369,11 +379,47 @@ def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def _torch(ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any) -> Tensor:
-    """Let a function mode see our function, and torch compute what the kernels do not cover."""
+    """Let a function mode see our function, and torch compute what the kernels do not cover.
+
+    What the compiled core has looked at, it has counted; the rest is counted here.
+    """
+    name = ours.__name__
     tensors = [t for t in (*operands, *options.values()) if isinstance(t, Tensor)]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if plain and torch._C._is_torch_function_mode_enabled():
-        loss: Tensor = handle_torch_function(ours, tensors, *operands, **options)
-    else:
-        loss = getattr(torch.nn.functional, ours.__name__)(*operands, **options)
-    return loss
+    if (
+        plain
+        and torch._C._is_torch_function_mode_enabled()
+        and not _is_default_device_all_that_watches()
+    ):
+        patched = getattr(torch.nn.functional, name) is stand_ins[name]
+        seen = stand_ins[name] if patched else ours
+        loss: Tensor = handle_torch_function(seen, tensors, *operands, **options)
+        return loss
+    if tensors and not is_compiling():
+        if not plain:
+            _C.count_fallback(name, tensors[0].device, "a tensor subclass")
+        elif name in _WITHOUT_WEIGHT and options["weight"] is not None:
+            _C.count_fallback(name, tensors[0].device, "a weight for each element")
+    return _TORCH[name](*operands, **options)
+
+
+def _under_torchs_name(ours: FunctionType) -> FunctionType:
+    """A twin of our function that is pickled as torch's of the same name.
+
+    So what refers to it is loaded where fusedstep is not installed, and means torch's there.
+    """
+    twin = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__)
+    twin.__dict__.update(ours.__dict__)
+    twin.__annotations__ = ours.__annotations__
+    twin.__doc__ = ours.__doc__
+    twin.__module__ = torch.nn.functional.__name__
+    return twin
+
+
+for _name, _original in _TORCH.items():
+    # torch.jit.script() compiles torch's own function in the place of ours: it asks whether there
+    # is this attribute. torch.compile asks whether it is true, and traces ours.
+    vars(globals()[_name]).update(__script_if_tracing_wrapper=False, __original_fn=_original)
+
+# What torch.nn.functional's names mean while they are patched.
+stand_ins = {name: _under_torchs_name(globals()[name]) for name in _TORCH}

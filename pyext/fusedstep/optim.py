@@ -88,6 +88,21 @@ def _require_finite(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {value}")
 
 
+class _IfStepIsOurs:
+    """Whether ``step`` is :meth:`SGD.step`, maybe inside what an LR scheduler wraps around it.
+
+    The step of a subclass knows nothing of GradScaler's scale. Without a setter: torch's
+    constructor gives the attribute to instances with ``fused=True``.
+    """
+
+    def __get__(self, optimizer: Optimizer | None, owner: type[Optimizer]) -> bool:
+        step: Any = (optimizer or owner).step
+        step = getattr(step, "__func__", step)
+        while step is not SGD.step and hasattr(step, "__wrapped__"):
+            step = step.__wrapped__
+        return step is SGD.step
+
+
 class SGD(torch.optim.SGD):
     r"""Drop-in for :class:`torch.optim.SGD`: stochastic gradient descent, optionally with momentum.
 
@@ -132,7 +147,7 @@ class SGD(torch.optim.SGD):
     """
 
     # Asks GradScaler to hand over its scale instead of unscaling gradients in a pass of its own.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = _IfStepIsOurs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does."""
@@ -165,6 +180,9 @@ class SGD(torch.optim.SGD):
                 (group, [p for p in group["params"] if p.grad is not None])
                 for group in self.param_groups
             ]
+            for _, params in left:
+                for param in params:
+                    _C.count_fallback("SGD", param.device, "differentiable=True")
         if left and (found_inf is None or not found_inf):
             self._step_by_torch(left, 1.0 if grad_scale is None else float(grad_scale))
         return loss
@@ -207,4 +225,4 @@ class SGD(torch.optim.SGD):
         if set_to_none and not _profiler_enabled():
             _C.sgd_zero_grad(self.param_groups)
         else:
-            super().zero_grad(set_to_none)
+            Optimizer.zero_grad(self, set_to_none)  # of torch's SGD too: see _patch.py
