@@ -343,7 +343,7 @@ def test_a_run_is_shown_plotted_and_logged(
 
 
 def test_two_processes_end_at_the_same_weights(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     options = [
         "--model",
         "lenet",
@@ -357,7 +357,7 @@ def test_two_processes_end_at_the_same_weights(tmp_path: Path) -> None:
         "0.1",
     ]
     process = subprocess.run(
-        [*command, BENCHMARKS / "train_ddp.py", *options],
+        [*torchrun, BENCHMARKS / "train_ddp.py", *options],
         cwd=tmp_path,
         capture_output=True,
         text=True,

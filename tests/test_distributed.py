@@ -654,6 +654,8 @@ def check_logits(device: torch.device, dtype: torch.dtype) -> None:
         if any(isinstance(p, Partial) for p in target_placements):
             target_placements = [Replicate()]
         y = target.to(device)
+        if not probabilities and (target >= 0).all():
+            y = y.byte()
         if any(isinstance(p, Shard) for p in target_placements) or rng.random() < 0.5:
             y = distribute_tensor(y, mesh, target_placements)
         w = None if options["weight"] is None else weight.to(device)
@@ -954,7 +956,14 @@ def test_sharded_logits(ranks: Ranks, world: int, check: Callable[..., None]) ->
     ranks(world, check)
 
 
-# ------------------------------------------------------------------ for everybody else
+# ------------------------------------------------------------------ documentation, import
+
+
+def test_examples_of_the_page(cpu_only: None) -> None:
+    page = Path(__file__).parents[1] / "docs" / "distributed.md"
+    command = [sys.executable, "-W", "ignore", "-m", "doctest", page]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_import_does_not_load_dtensor(cpu_only: None) -> None:

@@ -94,6 +94,7 @@ def vocab_parallel_cross_entropy(
             f"fit a target of shape {list(target.shape)} and {target.dtype}"
             + ("" if weight is None else f", weight {list(weight.shape)} and {weight.dtype}")
         )
+    target = target.long()
     shard = _ClassShard.of(group, classes)
     if held != shard.end - shard.begin:
         raise ValueError(
@@ -160,6 +161,7 @@ def cross_entropy(
     row_placements = [_of_rows(placement, class_dim) for placement in placements]
     logits = input.to_local(grad_placements=placements)
     target = _local("target", target, mesh, row_placements if is_index else placements)
+    target = target.long() if is_index else target
     if weight is not None:
         weight = _local("weight", weight, mesh, [Replicate()] * mesh.ndim)
 
@@ -311,7 +313,7 @@ def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor
 
 def _weight_of(target: Tensor, weight: Tensor) -> Tensor:
     """The weight of each row's class, in the dtype that losses are computed in."""
-    in_range = target.long().clamp(0, weight.shape[0] - 1)
+    in_range = target.clamp(0, weight.shape[0] - 1)
     return weight.to(_accumulate_dtype(weight))[in_range]
 
 
@@ -403,7 +405,6 @@ def _class_parallel_rows(
 ) -> Tensor:
     """The loss of each row, not rounded to 16 bits, of logits whose classes are spread."""
     ignored = target == ignore_index
-    target = target.long()
     invalid = ~ignored & ((target < 0) | (target >= shard.classes))
     if target.device.type == "cpu" and not is_dynamo_compiling() and invalid.any():
         row = int(invalid.flatten().int().argmax())
