@@ -604,6 +604,7 @@ LOGITS = [
             (Replicate(), Shard(1)),
             (Shard(2), Shard(1)),
             (Shard(1), Shard(1)),
+            (Shard(0), Shard(0)),
         ],
     )
     if all(not isinstance(p, Shard) or p.dim < len(shape) for p in placements)
@@ -617,7 +618,7 @@ def check_logits(device: torch.device, dtype: torch.dtype) -> None:
     square = init_device_mesh(device.type, (2, world // 2))
     rng = random.Random(str(dtype))
     generator = torch.Generator().manual_seed(0)
-    for shape, placements in LOGITS:
+    for shape, placements in LOGITS if dtype is F32 else rng.sample(LOGITS, 15):
         mesh = flat if len(placements) == 1 else square
         dims, class_dim = len(shape), 0 if len(shape) == 1 else 1
         logits, target = draw_logits(shape, dtype, generator)
@@ -794,6 +795,11 @@ def check_left_to_torch(device: torch.device) -> None:
         F.cross_entropy(x, distribute_tensor(y, other, [Replicate(), Replicate()]))
     with pytest.raises(ValueError, match="not a valid value for reduction"):
         F.cross_entropy(x, y, reduction="avg")
+    shape, stride = torch.Size((6, 8)), (8, 1)
+    uneven = value[:, : 3 if dist.get_rank() == 0 else 5]  # not as Shard cuts
+    x = DTensor.from_local(uneven, mesh, [Shard(1)], shape=shape, stride=stride)
+    with pytest.raises(ValueError, match="of 8 classes on 2 ranks, this one holds those from"):
+        F.cross_entropy(x, y)
 
 
 def check_out_of_range(device: torch.device) -> None:
@@ -856,7 +862,7 @@ def check_vocab_parallel(device: torch.device) -> None:
     x = torch.randn(4, 5, device=device)
     y = torch.zeros(4, dtype=torch.int64, device=device)
     for wrong, match in (
-        ({"num_classes": 12}, "holds classes"),
+        ({"num_classes": 12}, "holds those from"),
         ({"reduction": "avg"}, "not a valid value"),
         ({"weight": torch.ones(5, device=device)}, "do not fit"),
         ({"target": y[:3]}, "do not fit"),
