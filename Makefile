@@ -28,7 +28,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train test lint format cuda-build cuda-test gpu-check clean distclean
+.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
@@ -38,6 +38,9 @@ build: $(BUILT)  ## build the extension into .venv, in place
 
 train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" lists the options)
 	$(BIN)/python benchmarks/train_cnn.py $(ARGS)
+
+train-ddp: $(BUILT)  ## the same on two processes, with DistributedDataParallel
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/train_ddp.py $(ARGS)
 
 test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for a part of it)
 ifeq ($(strip $(ARGS)),)

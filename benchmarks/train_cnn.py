@@ -16,16 +16,16 @@ import plot
 import report
 from models import NETWORKS
 from timing import Measurement, Spread
-from training import IMPLEMENTATIONS, Config, Epoch, Result, train
+from training import IMPLEMENTATIONS, Config, Epoch, Options, Result, train
 
 Cell = Callable[[Epoch], str]
 
 
-def columns(config: Config) -> dict[str, Cell]:
+def columns(config: Options) -> dict[str, Cell]:
     def each(header: str, cell: Callable[[str, Epoch], str]) -> dict[str, Cell]:
         return {f"{header}{name}": partial(cell, name) for name in config.implementations}
 
-    both = config.implementation == "both"
+    both = len(config.implementations) == 2
     table: dict[str, Cell] = {"epoch": lambda epoch: str(epoch.number)}
     table |= each("running\nloss ", lambda name, epoch: f"{epoch.losses[name]:.6g}")
     if both:
@@ -47,13 +47,13 @@ def summary(result: Result) -> list[str]:
         f"{name} step: {report.spread(steps.time(name), report.seconds)}"
         for name in result.config.implementations
     ]
-    if result.config.implementation == "both":
+    if len(result.config.implementations) == 2:
         lines.append(f"speed-up: {report.spread(speedup(steps), report.factor)}")
     loading = report.seconds(Spread.of(result.loading).median)
     return [*lines, f"loading a batch, outside the steps: {loading}"]
 
 
-def title(config: Config) -> str:
+def title(config: Options) -> str:
     contenders = [IMPLEMENTATIONS[name]().title for name in config.implementations]
     settings = [
         f"{NETWORKS[config.model].title} on {config.data}",
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
         result = train(config, on_step, on_epoch)
     for line in summary(result):
         report.say(line)
-    plot.save(result, heading)
+    plot.save(result, heading, config.plot)
     report.say(f"plot saved in {config.plot.resolve()}")
 
 

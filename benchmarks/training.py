@@ -11,15 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, RandomSampler, Sampler, Subset
 from typer import Option
 
 import cli
 import data
+from data import Images
 from models import NETWORKS
 from timing import Measurement, timed
 
@@ -87,8 +88,8 @@ class Trainer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Train a small CNN with native torch and with fusedstep, step by step side by side."""
+class Options:
+    """What is trained, on what, for how long and where."""
 
     model: Annotated[Literal["lenet", "cifar", "cifar-one-head"], Option(help="The network.")] = (
         "cifar"
@@ -107,19 +108,12 @@ class Config:
     momentum: Annotated[float, Option(help="SGD's momentum.")] = 0.5
     nesterov: Annotated[bool, Option("--nesterov", help="Use Nesterov's momentum.")] = False
     weight_decay: Annotated[float, Option(help="SGD's weight decay.")] = 0.0
-    implementation: Annotated[
-        Literal["native", "fused", "both"], Option(help="Whose loss and optimizer.")
-    ] = "both"
     dtype: Annotated[Literal["float32", "float64"], Option(help="Of the weights and images.")] = (
         "float32"
     )
     device: Annotated[Literal["cpu", "cuda"], Option(help="Where to train.")] = "cpu"
     threads: Annotated[int, Option(help="CPU threads that torch may use.")] = 1
     seed: Annotated[int, Option(help="Of the weights and of the order of the images.")] = 0
-    tensorboard: Annotated[
-        Path | None, Option(help="Write TensorBoard event files to this folder.")
-    ] = None
-    plot: Annotated[Path, Option(help="Save the plot as this PNG file.")] = Path("train_cnn.png")
 
     def __post_init__(self) -> None:
         cli.require_range(
@@ -133,12 +127,32 @@ class Config:
             cli.require_kernels(self.device)
         if self.nesterov and self.momentum == 0:
             raise cli.Refusal("--nesterov needs a --momentum above 0")
-        if self.plot.suffix != ".png":
-            raise cli.Refusal(f"--plot must name a .png file, not {self.plot}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == "float64" else torch.float32
+
+    @property
+    def implementations(self) -> list[str]:
+        return list(IMPLEMENTATIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Train a small CNN with native torch and with fusedstep, step by step side by side."""
+
+    implementation: Annotated[
+        Literal["native", "fused", "both"], Option(help="Whose loss and optimizer.")
+    ] = "both"
+    tensorboard: Annotated[
+        Path | None, Option(help="Write TensorBoard event files to this folder.")
+    ] = None
+    plot: Annotated[Path, Option(help="Save the plot as this PNG file.")] = Path("train_cnn.png")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plot.suffix != ".png":
+            raise cli.Refusal(f"--plot must name a .png file, not {self.plot}")
 
     @property
     def implementations(self) -> list[str]:
@@ -167,8 +181,9 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Result:
-    config: Config
+    config: Options
     epochs: Sequence[Epoch]
+    models: Mapping[str, nn.Module]
 
     @property
     def steps(self) -> Measurement:
@@ -185,17 +200,22 @@ class Result:
 
 
 def train(
-    config: Config,
+    config: Options,
     on_step: Callable[[int, int], object] = lambda done, total: None,
     on_epoch: Callable[[Epoch], object] = lambda epoch: None,
+    *,
+    wrap: Callable[[nn.Module], nn.Module] = lambda model: model,
+    sampler: Callable[[Images], Sampler[Any]] | None = None,
 ) -> Result:
     """Trains as `config` says.
 
     The callbacks run outside the timed steps: on_step(steps done, steps in all), on_epoch(epoch).
+    What trains is `wrap(network)`, on the training images in the order of `sampler(images)`; by
+    default all of them, shuffled.
     """
     torch.set_num_threads(config.threads)
-    trainers = _trainers(config)
-    training, test = _batches(config)
+    trainers = _trainers(config, wrap)
+    training, test = _batches(config, sampler)
     turns = list(trainers)
     epochs = []
     for number in range(1, config.epochs + 1):
@@ -229,16 +249,17 @@ def train(
         )
         epochs.append(epoch)
         on_epoch(epoch)
-    return Result(config, epochs)
+    models = {name: trainer.model for name, trainer in trainers.items()}
+    return Result(config, epochs, models)
 
 
-def _trainers(config: Config) -> dict[str, Trainer]:
+def _trainers(config: Options, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Trainer]:
     torch.manual_seed(config.seed)
     model = NETWORKS[config.model].build().to(config.device, config.torch_dtype)
     return {
         name: Trainer(
             IMPLEMENTATIONS[name](),
-            copy.deepcopy(model),
+            wrap(copy.deepcopy(model)),
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
@@ -251,7 +272,9 @@ def _trainers(config: Config) -> dict[str, Trainer]:
 Batches = DataLoader[tuple[Tensor, ...]]
 
 
-def _batches(config: Config) -> tuple[Batches, Batches]:
+def _batches(
+    config: Options, sampler: Callable[[Images], Sampler[Any]] | None
+) -> tuple[Batches, Batches]:
     channels = NETWORKS[config.model].channels
     if config.data == "digits":
         training, test = data.digits(channels)
@@ -259,12 +282,13 @@ def _batches(config: Config) -> tuple[Batches, Batches]:
         training, test = data.cifar10(channels, config.data_root)
     training = Subset(training, range(len(training))[: config.samples])
     order = torch.Generator().manual_seed(config.seed)
+    chosen = sampler(training) if sampler else RandomSampler(training, generator=order)
     return (
-        DataLoader(training, config.batch_size, shuffle=True, generator=order),
+        DataLoader(training, config.batch_size, sampler=chosen, generator=order),
         DataLoader(test, TEST_BATCH_SIZE),
     )
 
 
-def _on_device(batches: Batches, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+def _on_device(batches: Batches, config: Options) -> Iterator[tuple[Tensor, Tensor]]:
     for images, labels in batches:
         yield images.to(config.device, config.torch_dtype), labels.to(config.device)

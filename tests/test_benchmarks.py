@@ -31,6 +31,7 @@ import launches
 import report
 import timing
 import train_cnn
+import train_ddp
 import training
 from launches import Launches
 from models import NETWORKS
@@ -39,6 +40,7 @@ BENCHMARKS = Path(cli.__file__).parent
 
 SCRIPTS = {
     "train_cnn": (training.Config, train_cnn.main),
+    "train_ddp": (train_ddp.Config, train_ddp.main),
     "bench_cross_entropy": (bench_cross_entropy.Options, bench_cross_entropy.main),
     "bench_pointwise_loss": (bench_pointwise_loss.Options, bench_pointwise_loss.main),
     "bench_sgd": (bench_sgd.Options, bench_sgd.main),
@@ -105,6 +107,7 @@ def refusal(script: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> 
         ("train_cnn", "--plot curves.pdf", "curves.pdf"),
         ("train_cnn", "--plot /no/such/folder/curves.png", "/no/such/folder/curves.png"),
         ("train_cnn", "--tensorboard /dev/null/events", "/dev/null/events"),
+        ("train_ddp", "--samples 8", "torchrun --standalone"),
         ("bench_cross_entropy", "--sizes 64", "64"),
         ("bench_cross_entropy", "--sizes 64x10,0x10", "0x10"),
         ("bench_cross_entropy", "--dtypes int8", "int8"),
@@ -337,6 +340,35 @@ def test_a_run_is_shown_plotted_and_logged(
     log = EventAccumulator(str(events)).Reload()
     assert [event.step for event in log.Scalars("loss/fused")] == [1, 2]
     assert ("loss/native" in log.Tags()["scalars"]) == (implementation == "both")
+
+
+def test_two_processes_end_at_the_same_weights(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [
+        "--model",
+        "lenet",
+        "--samples",
+        "30",
+        "--epochs",
+        "2",
+        "--momentum",
+        "0.9",
+        "--lr",
+        "0.1",
+    ]
+    process = subprocess.run(
+        [*torchrun, BENCHMARKS / "train_ddp.py", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()  # of one process alone
+    assert lines[1].endswith("processes: 2")
+    assert [line.split()[0] for line in lines if line.split()[0].isdecimal()] == ["1", "2"]
+    assert lines[-2] == "final weights, between processes: the same bits"
+    assert lines[-1].endswith("equal within 1e-10")
 
 
 # Timing

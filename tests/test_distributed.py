@@ -604,6 +604,7 @@ LOGITS = [
             (Replicate(), Shard(1)),
             (Shard(2), Shard(1)),
             (Shard(1), Shard(1)),
+            (Shard(0), Shard(0)),
         ],
     )
     if all(not isinstance(p, Shard) or p.dim < len(shape) for p in placements)
@@ -617,7 +618,7 @@ def check_logits(device: torch.device, dtype: torch.dtype) -> None:
     square = init_device_mesh(device.type, (2, world // 2))
     rng = random.Random(str(dtype))
     generator = torch.Generator().manual_seed(0)
-    for shape, placements in LOGITS:
+    for shape, placements in LOGITS if dtype is F32 else rng.sample(LOGITS, 15):
         mesh = flat if len(placements) == 1 else square
         dims, class_dim = len(shape), 0 if len(shape) == 1 else 1
         logits, target = draw_logits(shape, dtype, generator)
@@ -654,6 +655,8 @@ def check_logits(device: torch.device, dtype: torch.dtype) -> None:
         if any(isinstance(p, Partial) for p in target_placements):
             target_placements = [Replicate()]
         y = target.to(device)
+        if not probabilities and (target >= 0).all():
+            y = y.byte()
         if any(isinstance(p, Shard) for p in target_placements) or rng.random() < 0.5:
             y = distribute_tensor(y, mesh, target_placements)
         w = None if options["weight"] is None else weight.to(device)
@@ -792,6 +795,11 @@ def check_left_to_torch(device: torch.device) -> None:
         F.cross_entropy(x, distribute_tensor(y, other, [Replicate(), Replicate()]))
     with pytest.raises(ValueError, match="not a valid value for reduction"):
         F.cross_entropy(x, y, reduction="avg")
+    shape, stride = torch.Size((6, 8)), (8, 1)
+    uneven = value[:, : 3 if dist.get_rank() == 0 else 5]  # not as Shard cuts
+    x = DTensor.from_local(uneven, mesh, [Shard(1)], shape=shape, stride=stride)
+    with pytest.raises(ValueError, match="of 8 classes on 2 ranks, this one holds those from"):
+        F.cross_entropy(x, y)
 
 
 def check_out_of_range(device: torch.device) -> None:
@@ -854,7 +862,7 @@ def check_vocab_parallel(device: torch.device) -> None:
     x = torch.randn(4, 5, device=device)
     y = torch.zeros(4, dtype=torch.int64, device=device)
     for wrong, match in (
-        ({"num_classes": 12}, "holds classes"),
+        ({"num_classes": 12}, "holds those from"),
         ({"reduction": "avg"}, "not a valid value"),
         ({"weight": torch.ones(5, device=device)}, "do not fit"),
         ({"target": y[:3]}, "do not fit"),
@@ -954,7 +962,14 @@ def test_sharded_logits(ranks: Ranks, world: int, check: Callable[..., None]) ->
     ranks(world, check)
 
 
-# ------------------------------------------------------------------ for everybody else
+# ------------------------------------------------------------------ documentation, import
+
+
+def test_examples_of_the_page(cpu_only: None) -> None:
+    page = Path(__file__).parents[1] / "docs" / "distributed.md"
+    command = [sys.executable, "-W", "ignore", "-m", "doctest", page]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stdout + process.stderr
 
 
 def test_import_does_not_load_dtensor(cpu_only: None) -> None:

@@ -10,6 +10,9 @@ namespace fusedstep::sgd {
 // in place, unless it is None. Returns [(group, [parameter, ...]), ...]: the parameters with a
 // gradient that the kernels do not cover, untouched.
 //
+// Of a DTensor the local tensor is updated, if gradient and momentum buffer lie on its mesh with
+// its placements and none of these is a sum (Partial). A new momentum buffer has them too.
+//
 // On CUDA a step is one launch for each device, and nothing waits for one: a learning rate, a
 // grad_scale and a found_inf that lie there are read there. Two cases read found_inf here, and so
 // wait: parameters on the CPU, and a first step with momentum and dampening.

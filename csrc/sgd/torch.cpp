@@ -50,9 +50,9 @@ struct Keys {
     PyObject* momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
     PyObject* grad = PyUnicode_InternFromString("grad");
     PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
-    PyObject* spec = PyUnicode_InternFromString("_spec");
-    PyObject* mesh = PyUnicode_InternFromString("mesh");
+    PyObject* device_mesh = PyUnicode_InternFromString("device_mesh");
     PyObject* placements = PyUnicode_InternFromString("placements");
+    PyObject* is_partial = PyUnicode_InternFromString("is_partial");
 };
 
 const Keys& keys() {
@@ -142,19 +142,16 @@ const Tensor* local_tensor(PyObject* object) {
 
 // Whether an update of a DTensor is the same update of every local tensor: none is a summand.
 bool holds_elements(py::handle dtensor) {
-    for (py::handle placement : dtensor.attr(keys().spec).attr(keys().placements)) {
-        if (placement.attr("is_partial")().cast<bool>()) return false;
+    for (py::handle placement : dtensor.attr(keys().placements)) {
+        if (placement.attr(keys().is_partial)().cast<bool>()) return false;
     }
     return true;
 }
 
-// Of a DTensor and another object: whether local tensors at one place hold the same elements.
+// Of a DTensor and another object: whether local tensors on one rank hold the same elements.
 bool same_placements(py::handle dtensor, py::handle other) {
-    if (!is_dtensor(other.ptr())) return false;
-    py::object const a = dtensor.attr(keys().spec);
-    py::object const b = other.attr(keys().spec);
-    return a.attr(keys().mesh).equal(b.attr(keys().mesh)) &&
-           a.attr(keys().placements).equal(b.attr(keys().placements));
+    auto const same = [&](PyObject* key) { return dtensor.attr(key).equal(other.attr(key)); };
+    return is_dtensor(other.ptr()) && same(keys().device_mesh) && same(keys().placements);
 }
 
 // ---- What is covered ----

@@ -55,8 +55,9 @@ def vocab_parallel_cross_entropy(
     so that no rank ever holds the logits of another. The backward pass communicates nothing.
 
     Args:
-        input: This rank's logits, of shape ``(C_r)``, ``(N, C_r)`` or ``(N, C_r, d1, ..., dK)``;
-            float32, float64, bfloat16 or float16.
+        input: This rank's logits, of shape ``(C_r)``, ``(N, C_r)`` or ``(N, C_r, d1, ..., dK)``
+            with any strides (``logits.movedim(-1, 1)`` where classes come last); float32, float64,
+            bfloat16 or float16.
         target: Class indices (int64 or uint8) as in the whole vocabulary, the same on every rank;
             of the shape of ``input`` without the class dimension.
         weight: One factor for each of the ``num_classes`` classes, the same on every rank.
@@ -85,21 +86,16 @@ def vocab_parallel_cross_entropy(
     group = dist.group.WORLD if group is None else group
     assert group is not None
     class_dim = _class_dim(input)
-    held = input.shape[class_dim]
-    classes = held * group.size() if num_classes is None else num_classes
+    classes = input.shape[class_dim] * group.size() if num_classes is None else num_classes
     shape = (*input.shape[:class_dim], classes, *input.shape[class_dim + 1 :])
     if not _is_index(input.dtype, shape, target, weight):
         raise ValueError(
-            f"vocab_parallel_cross_entropy: logits of shape {list(shape)} and {input.dtype} do not "
+            f"cross_entropy: logits of shape {list(shape)} and {input.dtype} do not "
             f"fit a target of shape {list(target.shape)} and {target.dtype}"
             + ("" if weight is None else f", weight {list(weight.shape)} and {weight.dtype}")
         )
+    target = target.long()
     shard = _ClassShard.of(group, classes)
-    if held != shard.end - shard.begin:
-        raise ValueError(
-            f"vocab_parallel_cross_entropy: rank {group.rank()} of {group.size()} holds classes "
-            f"{shard.begin} to {shard.end} of {classes}, but input has {held} classes"
-        )
     rows = _class_parallel_rows(input, target, weight, ignore_index, shard)
     if reduction == "mean":
         rows = rows.sum() / _divisor(target, weight, ignore_index)
@@ -160,6 +156,7 @@ def cross_entropy(
     row_placements = [_of_rows(placement, class_dim) for placement in placements]
     logits = input.to_local(grad_placements=placements)
     target = _local("target", target, mesh, row_placements if is_index else placements)
+    target = target.long() if is_index else target
     if weight is not None:
         weight = _local("weight", weight, mesh, [Replicate()] * mesh.ndim)
 
@@ -311,7 +308,7 @@ def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor
 
 def _weight_of(target: Tensor, weight: Tensor) -> Tensor:
     """The weight of each row's class, in the dtype that losses are computed in."""
-    in_range = target.long().clamp(0, weight.shape[0] - 1)
+    in_range = target.clamp(0, weight.shape[0] - 1)
     return weight.to(_accumulate_dtype(weight))[in_range]
 
 
@@ -402,8 +399,13 @@ def _class_parallel_rows(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, shard: _ClassShard
 ) -> Tensor:
     """The loss of each row, not rounded to 16 bits, of logits whose classes are spread."""
+    held = logits.shape[_class_dim(logits)]
+    if held != shard.end - shard.begin:
+        raise ValueError(
+            f"cross_entropy: of {shard.classes} classes on {shard.ranks} ranks, this one holds "
+            f"those from {shard.begin} to {shard.end}, but its logits have {held} classes"
+        )
     ignored = target == ignore_index
-    target = target.long()
     invalid = ~ignored & ((target < 0) | (target >= shard.classes))
     if target.device.type == "cpu" and not is_dynamo_compiling() and invalid.any():
         row = int(invalid.flatten().int().argmax())

@@ -125,10 +125,12 @@ class SGD(torch.optim.SGD):
     ``fused`` are accepted and kept: on what the kernels cover, every step is fused.
 
     Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU and
-    on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device.
-    Parameters outside that (other devices, sparse gradients, complex numbers, strided views,
-    tensor subclasses), or ``differentiable=True``, are updated in the same call by torch's own
-    functions.
+    on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device. Of a
+    :class:`torch.distributed.tensor.DTensor` each rank updates its part, where the gradient has the
+    parameter's placements; its momentum buffer is a DTensor with the same.
+    Parameters outside that (other devices, sparse gradients, complex numbers, strided views, other
+    tensor subclasses, gradients that are ``Partial``), or ``differentiable=True``, are updated in
+    the same call by torch's own functions.
 
     On CUDA a step is one kernel for each device, however many parameters there are. It runs on the
     current stream, does not wait for the device and can be captured in a CUDA graph. A tensor
