@@ -16,6 +16,11 @@ CUDA_BIN := $(CUDA_VENV)/bin
 CUDA_INSTALLED := $(CUDA_VENV)/installed
 CUDA_BUILT := build/cuda-built
 
+# Training frameworks, beside the same torch; they run what is built into .venv, in place.
+CLIENTS_VENV := .venv-clients
+CLIENTS_BIN := $(CLIENTS_VENV)/bin
+CLIENTS_INSTALLED := $(CLIENTS_VENV)/installed
+
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 ROOM_TESTS := $(patsubst csrc/%/torch.cpp,tests/test_%.py,$(wildcard csrc/*/torch.cpp))
 # Every CUDA kernel, on the emulator.
@@ -28,7 +33,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean
+.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
@@ -49,6 +54,9 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 endif
+
+clients-test: $(BUILT) $(CLIENTS_INSTALLED)  ## train with Lightning, Accelerate and Transformers
+	PYTHONPATH=pyext $(CLIENTS_BIN)/pytest $(PARALLEL) tests/clients
 
 lint: $(BUILT)  ## check format, lint, types and layering
 	$(BIN)/ruff format --check
@@ -76,8 +84,8 @@ gpu-check:  ## build, test, sanitize and measure on this machine's GPU, with PYT
 clean:  ## remove what was built
 	rm -rf build dist pyext/*.egg-info pyext/fusedstep/_C*.so pyext/fusedstep/_build_info.py
 
-distclean: clean  ## remove what was built, .venv and .venv-cuda
-	rm -rf $(VENV) $(CUDA_VENV)
+distclean: clean  ## remove what was built and every .venv
+	rm -rf $(VENV) $(CLIENTS_VENV) $(CUDA_VENV)
 
 $(INSTALLED): requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
@@ -89,6 +97,11 @@ $(INSTALLED): requirements-dev.txt
 $(BUILT): $(INSTALLED) $(SOURCES)
 	$(BIN)/pip install --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@mkdir -p $(@D) && touch $@
+
+$(CLIENTS_INSTALLED): requirements-clients.txt requirements-dev.txt
+	$(PYTHON) -m venv $(CLIENTS_VENV)
+	$(CLIENTS_BIN)/pip install --disable-pip-version-check -r $<
+	@touch $@
 
 # `torch==X` also accepts X+cpu; `torch===X` accepts X alone, which on Linux is the CUDA build.
 $(CUDA_INSTALLED): requirements-dev.txt
