@@ -142,5 +142,5 @@ def test_the_recorded_budget_is_whole() -> None:
     recorded = json.loads(budget.BUDGET.read_text())
     assert set(recorded) == {"kernels", "calls"}
     for part in recorded.values():
-        assert part["facts"]["compiler"].startswith("g++")
+        assert all(part["facts"].values())
         assert all(count > 0 and divisor > 0 for count, divisor in part["counts"].values())

@@ -135,8 +135,10 @@ def facts() -> dict[str, dict[str, str]]:
     """What each part's counts depend on beside the sources."""
     import torch
 
+    from fusedstep._build_info import compiler
+
     kernels = {
-        "compiler": build.version("g++"),
+        "compiler": build.version(compiler),
         "machine": platform.machine(),
         "C library": " ".join(platform.libc_ver()),
         "valgrind": build.version("valgrind"),

@@ -11,6 +11,8 @@ using fusedstep::cross_entropy::kMaxRowDims;
 using fusedstep::cross_entropy::TargetKind;
 using fusedstep::cross_entropy::TargetScan;
 
+constexpr std::int64_t kRowStats = 2;  // numbers of a row in Args::row_stats
+
 // One row: u_c, and what it is made of in absolute values; x_c - m; exp(x_c - m).
 struct Row {
     std::vector<Real> u, u_size, shifted, e;
@@ -104,7 +106,7 @@ Case::Case(Choices& choices_) : choices(choices_) {
         args.row_losses = losses->data();
     }
     if (choices.one_in(2)) {
-        stats = std::make_unique<Array>(choices, computed, 2 * rows);
+        stats = std::make_unique<Array>(choices, computed, kRowStats * rows);
         args.row_stats = stats->data();
         args.grad_output_stride = choices.between(0, 1);
         grad_output =
