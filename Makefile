@@ -26,6 +26,8 @@ ROOM_TESTS := $(patsubst csrc/%/torch.cpp,tests/test_%.py,$(wildcard csrc/*/torc
 # Every CUDA kernel, on the emulator.
 EMULATED := --device emulator $(ROOM_TESTS) tests/test_emulator.py tests/test_every_kernel.py
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+# The kernels without Python and torch.
+NATIVE := PYTHONPATH=tests $(BIN)/python -m native
 SOURCES := $(shell find csrc -type f ! -name '*.md') setup.py pyproject.toml
 
 # The build finds ninja, and tests find tools, by name.
@@ -33,7 +35,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test
+.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test sanitize memcheck fuzz budget
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
@@ -69,6 +71,18 @@ format: $(INSTALLED)  ## rewrite the sources in the project's format
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
+
+sanitize: $(INSTALLED)  ## run the kernels on random contracts under g++'s sanitizers
+	$(NATIVE) sanitize $(ARGS)
+
+memcheck: $(INSTALLED)  ## the same under valgrind
+	$(NATIVE) memcheck $(ARGS)
+
+fuzz: $(INSTALLED)  ## search for faults with libFuzzer (needs clang; ARGS="--seconds 900 sgd")
+	$(NATIVE) fuzz $(ARGS)
+
+budget: $(BUILT)  ## hold instruction counts against their budget (needs valgrind; ARGS=--update)
+	$(NATIVE) budget $(ARGS)
 
 cuda-build: $(CUDA_BUILT)  ## build with CUDA into .venv-cuda (needs nvcc, no GPU)
 

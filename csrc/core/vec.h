@@ -47,6 +47,15 @@ using LaneInt = typename VecOf<A>::Scalar;
 template <class A>
 inline constexpr int kLanes = FUSEDSTEP_VECTOR_BYTES / static_cast<int>(sizeof(A));
 
+// dtype.h's, for vectors: what passes one has to be compiled for the level.
+template <class To, class From>
+FUSEDSTEP_VEC To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
 template <class A>
 FUSEDSTEP_VEC Vec<A> broadcast(A x) {
     return x - Vec<A>{};  // x - 0 keeps -0 and NaN; the compiler emits one broadcast
