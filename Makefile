@@ -28,7 +28,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train test lint format cuda-build cuda-test gpu-check clean distclean
+.PHONY: help build train bench readme test lint format cuda-build cuda-test gpu-check clean distclean
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
@@ -38,6 +38,12 @@ build: $(BUILT)  ## build the extension into .venv, in place
 
 train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" lists the options)
 	$(BIN)/python benchmarks/train_cnn.py $(ARGS)
+
+bench: $(BUILT)  ## benchmark and report in build/bench, in minutes (ARGS="--help"; without --quick: an hour)
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),--quick)
+
+readme: $(BUILT)  ## rewrite README.md's measured parts from benchmarks/results
+	$(BIN)/python benchmarks/run.py --readme
 
 test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for a part of it)
 ifeq ($(strip $(ARGS)),)

@@ -119,18 +119,18 @@ MODELS = {
         for name, network in NETWORKS.items()
     },
     "resnet18": Model(
-        "ResNet-18, 64 × 64 images, 1,000 classes",
+        "ResNet-18 (64 × 64 pixels, 1,000 classes)",
         resnet18,
         partial(images, 3, 64, 1000),
         partial(digits, 3, 64),
         quick_batch_sizes=(1, 16),
         modes=("momentum",),
         training_batch_size=8,
-        training_lr=0.01,
+        training_lr=0.001,
         quick_training_steps=40,
     ),
     "transformer": Model(
-        f"transformer, sequences of {SEQUENCE}, vocabulary of {VOCABULARY:,}",
+        f"transformer ({SEQUENCE} tokens of {VOCABULARY:,})",
         Transformer,
         sequences,
         text,

@@ -216,7 +216,7 @@ def batches(rows: Sequence[Row]) -> Plot:
     for row in rows:
         model, _, rest = row.case.partition(", batch ")
         size, _, mode = rest.partition(", ")
-        name = f"{model.partition(',')[0]}, {mode}"
+        name = f"{model.partition(' (')[0]}, {mode}"
         curves.setdefault(name, []).append((int(size), row.speedup.median))
     colours = (BLUE, ORANGE, GREEN, VERMILION, SKY, PURPLE, GREY, "#000000")
     for index, (name, points) in enumerate(curves.items()):

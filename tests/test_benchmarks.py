@@ -575,10 +575,7 @@ def test_a_benchmark_reports_tables_and_json(
 
 @pytest.fixture
 def session(device: str, without_compiler: None) -> suite.Session:
-    found = {
-        name: what for name, what in peers.load(peers.ALL, device).items() if name != "compile"
-    }
-    return suite.Session(cli.require_fusedstep(), device, 2, found, 0.0)
+    return suite.Session(cli.require_fusedstep(), device, 2, peers.load(peers.ALL, device), 0.0)
 
 
 @pytest.mark.usefixtures("short_blocks", "small_copy")
