@@ -104,7 +104,7 @@ class Model:
     quick_batch_sizes: tuple[int, ...] = (1, 4, 64)
     modes: tuple[str, ...] = tuple(MOMENTA)
     training_batch_size: int = 4
-    training_lr: float = 0.001
+    training_lr: float = 0.005
     quick_training_steps: int = 100
 
 

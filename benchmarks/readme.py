@@ -76,7 +76,9 @@ def slower(results: Results, path: str) -> str:
 def part(operation: str) -> Callable[[Results, str], str]:
     def write(results: Results, path: str) -> str:
         rows = [row for row in results.of(operation) if SHOWN[operation](row)]
-        return page.markdown(table(rows)) + f"\n<sub>{path}: {operation}</sub>\n"
+        if not rows:
+            raise cli.Refusal(f"{path} has no rows of {operation} for README.md")
+        return page.markdown(table(rows)) + f"\n<sub>`{operation}` in [{path}]({path})</sub>\n"
 
     return write
 
