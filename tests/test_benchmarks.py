@@ -1171,7 +1171,7 @@ def test_every_operation_has_cases() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters"), [("resnet18", 11_689_512), ("transformer", 19_559_936)]
 )
-def test_a_larger_network_has_its_size_and_reaches_every_parameter(name: str, parameters: int) -> None:
+def test_a_larger_network_has_its_size_and_all_gradients(name: str, parameters: int) -> None:
     model = bench_train_step.MODELS[name]
     torch.manual_seed(0)
     network = model.build()
