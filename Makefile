@@ -35,7 +35,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test sanitize memcheck fuzz budget
+.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test sanitize memcheck fuzz budget bench readme
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
@@ -46,8 +46,16 @@ build: $(BUILT)  ## build the extension into .venv, in place
 train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" lists the options)
 	$(BIN)/python benchmarks/train_cnn.py $(ARGS)
 
+
 train-ddp: $(BUILT)  ## the same on two processes, with DistributedDataParallel
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/train_ddp.py $(ARGS)
+
+bench: $(BUILT)  ## benchmark and report in build/bench, in minutes (ARGS="--help"; without --quick: an hour)
+	$(BIN)/python benchmarks/run.py $(or $(ARGS),--quick)
+
+readme: $(BUILT)  ## rewrite README.md's measured parts from benchmarks/results
+	$(BIN)/python benchmarks/run.py --readme
+
 
 test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for a part of it)
 ifeq ($(strip $(ARGS)),)

@@ -76,10 +76,7 @@ def event_log(folder: Path | None) -> Iterator[Callable[[Epoch], None]]:
     tensorboard = cli.require_module(
         "torch.utils.tensorboard", "--tensorboard needs the package tensorboard"
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cli.Refusal(f"cannot write to {folder}: {error.strerror}") from None
+    cli.require_folder(folder)
     with tensorboard.SummaryWriter(folder) as writer:
 
         def log(epoch: Epoch) -> None:

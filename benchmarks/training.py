@@ -32,7 +32,7 @@ WARM_UP_STEPS = 5
 class Implementation:
     title: str
     criterion: type[nn.CrossEntropyLoss]
-    optimizer: type[torch.optim.SGD]
+    optimizer: Callable[..., torch.optim.SGD]
 
 
 def native() -> Implementation:
