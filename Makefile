@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+SECONDS ?= 60
 OUT ?= build/gpu-check/report
 
 VENV := .venv
@@ -28,10 +29,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train test lint format cuda-build cuda-test gpu-check clean distclean
+.PHONY: help build train test properties test-big errors lint format cuda-build cuda-test gpu-check clean distclean
 
 help:  ## list the targets
-	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder] [SECONDS=60]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 build: $(BUILT)  ## build the extension into .venv, in place
@@ -46,6 +47,15 @@ ifeq ($(strip $(ARGS)),)
 else
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 endif
+
+properties: $(BUILT)  ## try new inputs on every property, SECONDS each (ARGS="--device cuda")
+	$(BIN)/pytest tests/test_properties.py --explore $(SECONDS) $(ARGS)
+
+test-big: $(BUILT)  ## tensors beyond 2^31 elements and other extremes: up to 13 GB of memory
+	$(BIN)/pytest -v -m big tests/test_big.py $(ARGS)
+
+errors: $(BUILT)  ## measure rounding errors beside torch's, into docs/numerics.md
+	$(BIN)/python tests/error_measure.py docs/numerics.md
 
 lint: $(BUILT)  ## check format, lint, types and layering
 	$(BIN)/ruff format --check

@@ -29,6 +29,7 @@ import fusedstep.functional as fused
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BEGIN, END = "<!-- errors: begin -->", "<!-- errors: end -->"
+MEAN_LUCK, LARGEST_LUCK = 1.1, 1.3
 Array: TypeAlias = np.ndarray[Any, Any]
 Results: TypeAlias = dict[str, Tensor]
 Exact: TypeAlias = dict[str, tuple[Array, Array]]
@@ -50,6 +51,15 @@ class Row:
     def is_not_worse(self) -> bool:
         return self.ours_mean <= self.torchs_mean and self.ours_largest <= self.torchs_largest
 
+    @property
+    def is_within_luck(self) -> bool:
+        """The draws decide how far errors of one distribution come out: the mean of a few reduced
+        losses, the largest of many elements."""
+        return (
+            self.ours_mean <= MEAN_LUCK * self.torchs_mean + 1e-12
+            and self.ours_largest <= LARGEST_LUCK * self.torchs_largest + 1e-12
+        )
+
 
 def exact_array(tensor: Tensor) -> Array:
     return tensor.detach().double().numpy().astype(np.longdouble)
@@ -65,7 +75,6 @@ class Operation:
     draw: Callable[[tuple[int, ...], torch.dtype], dict[str, Tensor]]
     run: Callable[[Any, dict[str, Tensor]], Results]
     exact: Callable[[dict[str, Tensor]], Exact]
-    draws: int = 8
 
 
 def loss_and_gradient(call: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +135,7 @@ def cross_entropy(name: str, kind: str = "index", smoothing: float = 0.0) -> Ope
         p, log_total = e / total, np.log(total)
         mass = u.sum(1, keepdims=True)
         loss = (u * (log_total - shifted)).sum(1)
-        loss_size = (u * (log_total + np.abs(shifted))).sum(1)
+        loss_size = (u * (log_total + np.abs(shifted) + 1)).sum(1)
         gradient = p * mass - u
         gradient_size = p * (1 + np.abs(shifted)) * mass + u
         return {
@@ -136,7 +145,7 @@ def cross_entropy(name: str, kind: str = "index", smoothing: float = 0.0) -> Ope
             "gradient, mean": (gradient / divisor, gradient_size / divisor),
         }
 
-    sizes = ((64, 10), (4096, 10), (256, 1000), (64, 8191), (4, 128256))
+    sizes = ((64, 10), (4096, 10), (256, 1000), (16, 8191), (1, 128256))
     return Operation(name, sizes, draw, run, exact)
 
 
@@ -193,7 +202,7 @@ def pointwise(name: str, **options: float) -> Operation:
             "gradient, mean": (gradient / n, gradient_size / n),
         }
 
-    return Operation(name, ((100,), (10_000,), (1_000_003,)), draw, run, exact)
+    return Operation(name, ((100,), (10_000,), (100_003,)), draw, run, exact)
 
 
 def sgd(name: str, **options: Any) -> Operation:
@@ -231,7 +240,7 @@ def sgd(name: str, **options: Any) -> Operation:
         exact["parameter"] = (p - 0.1 * step, np.abs(p) + 0.1 * size)
         return exact
 
-    return Operation(name, ((100,), (1_000_003,)), draw, run, exact)
+    return Operation(name, ((100,), (100_003,)), draw, run, exact)
 
 
 OPERATIONS = (
@@ -263,8 +272,11 @@ def errors(results: Results, exact: Exact, dtype: torch.dtype) -> dict[str, Arra
     return found
 
 
-def rows_of(operation: Operation, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[Row]:
-    draws = max(1, min(20 * operation.draws, 400_000 // math.prod(size)))
+def rows_of(
+    operation: Operation, size: tuple[int, ...], dtype: torch.dtype, numbers: int = 2_000_000
+) -> Iterator[Row]:
+    """Draws inputs until there are about so many numbers; from 10 to 300 times."""
+    draws = min(300, max(10, numbers // math.prod(size)))
     pooled: dict[str, tuple[list[Array], list[Array]]] = {}
     for seed in range(draws):
         torch.manual_seed(seed)
