@@ -290,6 +290,34 @@ def test_a_step_without_memory_for_another_layout_changes_nothing() -> None:
     )
 
 
+def _in_inference_mode() -> nn.Parameter:
+    with torch.inference_mode():
+        return nn.Parameter(torch.ones(5))
+
+
+def _with_a_sparse_gradient() -> nn.Parameter:
+    param = nn.Parameter(torch.ones(5, 3))
+    param.grad = torch.ones(5, 3).to_sparse(1)
+    return param
+
+
+@pytest.mark.xfail(reason="torch's functions run after the kernels have written", strict=True)
+@pytest.mark.parametrize("make", [_in_inference_mode, _with_a_sparse_gradient])
+def test_a_step_that_torchs_functions_refuse_changes_nothing(
+    make: Callable[[], nn.Parameter],
+) -> None:
+    """Parameters that are not covered are torch's to update, and torch may raise: for an inference
+    tensor outside inference mode, for weight decay with a sparse gradient."""
+    covered, refused = nn.Parameter(torch.ones(100)), make()
+    covered.grad = torch.ones(100)
+    if refused.grad is None:
+        refused.grad = torch.ones_like(refused)
+    optimizer = fusedstep.SGD([covered, refused], lr=0.1, weight_decay=0.1)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert (covered == 1).all()
+
+
 # ------------------------------------------------------------------ determinism
 
 
