@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 ARGS ?=
+SECONDS ?= 60
 OUT ?= build/gpu-check/report
 
 VENV := .venv
@@ -35,10 +36,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test sanitize memcheck fuzz budget bench readme
+.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test sanitize memcheck fuzz budget bench readme properties test-big errors
 
 help:  ## list the targets
-	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder]'
+	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder] [SECONDS=60]'
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 build: $(BUILT)  ## build the extension into .venv, in place
@@ -67,6 +68,14 @@ endif
 
 clients-test: $(BUILT) $(CLIENTS_INSTALLED)  ## train with Lightning, Accelerate and Transformers
 	PYTHONPATH=pyext $(CLIENTS_BIN)/pytest $(PARALLEL) tests/clients
+properties: $(BUILT)  ## try new inputs on every property, SECONDS each (ARGS="--device cuda")
+	$(BIN)/pytest tests/test_properties.py --explore $(SECONDS) $(ARGS)
+
+test-big: $(BUILT)  ## tensors beyond 2^31 elements and other extremes: up to 13 GB of memory
+	$(BIN)/pytest -v -m big tests/test_big.py $(ARGS)
+
+errors: $(BUILT)  ## measure rounding errors beside torch's, into docs/numerics.md
+	$(BIN)/python tests/error_measure.py docs/numerics.md
 
 lint: $(BUILT)  ## check format, lint, types and layering
 	$(BIN)/ruff format --check

@@ -105,7 +105,7 @@ def main(config: Config) -> None:
             print_row(epoch)
             log(epoch)
 
-        result = train(config, on_step, on_epoch)
+        result = train(config, on_step, on_epoch, keep_in=config.checkpoint, resume=config.resume)
     for line in summary(result):
         report.say(line)
     plot.save(result, heading, config.plot)

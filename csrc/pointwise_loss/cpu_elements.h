@@ -23,12 +23,15 @@ struct VectorMath {
     static FUSEDSTEP_VEC V exp(V x) {
         return ::fusedstep::FUSEDSTEP_LEVEL::exp(x);
     }
-    // The rounding of 1 + x is taken back: Kahan's log1p (in Goldberg, 1991).
+    // What 1 + x was rounded by is added to first order: log(u + r) = log u + r / u + O(r^2).
     template <class V>
     static FUSEDSTEP_VEC V log1p(V x) {
         V const u = x + 1;
-        V const y = log(u) * (x / (u - 1));
-        return u == 1 ? x : y;
+        return log(u) + (x - (u - 1)) / u;
+    }
+    template <class V>
+    static FUSEDSTEP_VEC V fmadd(V a, V b, V c) {
+        return ::fusedstep::FUSEDSTEP_LEVEL::fmadd(a, b, c);
     }
 };
 
