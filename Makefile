@@ -68,6 +68,7 @@ endif
 
 clients-test: $(BUILT) $(CLIENTS_INSTALLED)  ## train with Lightning, Accelerate and Transformers
 	PYTHONPATH=pyext $(CLIENTS_BIN)/pytest $(PARALLEL) tests/clients
+
 properties: $(BUILT)  ## try new inputs on every property, SECONDS each (ARGS="--device cuda")
 	$(BIN)/pytest tests/test_properties.py --explore $(SECONDS) $(ARGS)
 

@@ -252,8 +252,9 @@ def train(
 
     The callbacks run outside the timed steps: on_step(steps done, steps in all), on_epoch(epoch).
     What trains is `wrap(network)`, on the training images in the order of `sampler(images)`; by
-    default all of them, shuffled. With `keep_in` the state is kept in that file after each epoch and, at an
-    interrupt, between two steps; a run that resumes from it ends with the same weights to the bit.
+    default all of them, shuffled. With `keep_in` the state is kept in that file after each epoch
+    and, at an interrupt, between two steps; a run that resumes from it ends with the same weights
+    to the bit.
 
     Raises:
         checkpoint.Interrupted: There was an interrupt, and the state is in `keep_in`.

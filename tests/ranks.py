@@ -95,6 +95,7 @@ def _serve(rank: int, pipe: Connection, device_type: str) -> None:
         cards = torch.cuda.device_count()
         device = torch.device("cuda", rank % cards)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True
     while True:
         try:
             world, store, check, args = pipe.recv()

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ def config(path: Path, **settings: object) -> training.Config:
     return training.Config(**{**defaults, "checkpoint": path, **settings})
 
 
+def train(config: training.Config, **callbacks: Callable[..., object]) -> training.Result:
+    return training.train(config, **callbacks, keep_in=config.checkpoint, resume=config.resume)
+
+
 def weights_and_momentum(path: Path) -> list[torch.Tensor]:
     kept = torch.load(path, weights_only=True)
     tensors = [t for model in kept["models"].values() for t in model.values()]
@@ -46,7 +51,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("whole") / "run.pt"
-    training.train(config(path))
+    train(config(path))
     assert len(weights_and_momentum(path)) == 2 * 2 * 10
     return path
 
@@ -64,13 +69,11 @@ def test_ctrl_c_at_any_step_resumes_to_the_same_bits(
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(checkpoint.Interrupted, match="--resume"):
-        training.train(config(path), on_step=interrupt)
+        train(config(path), on_step=interrupt)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     torch.rand(7)  # a process that resumes has drawn other numbers
     taken: list[int] = []
-    result = training.train(
-        config(path, resume=True), on_step=lambda done, total: taken.append(done)
-    )
+    result = train(config(path, resume=True), on_step=lambda done, total: taken.append(done))
     assert taken == list(range(at + 1, 7))
     assert [epoch.number for epoch in result.epochs] == [1, 2]
     assert [len(epoch.loading) for epoch in result.epochs] == [3, 3]
@@ -90,16 +93,16 @@ def test_a_killed_process_resumes_from_its_last_epoch(uninterrupted: Path, tmp_p
             raise Killed
 
     with pytest.raises(Killed):
-        training.train(config(path), on_step=kill)
-    training.train(config(path, resume=True))
+        train(config(path), on_step=kill)
+    train(config(path, resume=True))
     assert_same_bits(path, uninterrupted)
 
 
 def test_a_finished_run_resumes_to_more_epochs(uninterrupted: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
-    training.train(config(path, epochs=1))
-    training.train(config(path, epochs=1, resume=True))
-    training.train(config(path, epochs=2, resume=True))
+    train(config(path, epochs=1))
+    train(config(path, epochs=1, resume=True))
+    train(config(path, epochs=2, resume=True))
     assert_same_bits(path, uninterrupted)
 
 
@@ -163,10 +166,10 @@ def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> Non
     path = tmp_path / "run.pt"
     path.write_bytes(content)
     with pytest.raises(cli.Refusal, match="is no checkpoint"):
-        training.train(config(path, resume=True))
+        train(config(path, resume=True))
     torch.save({"another": torch.ones(2)}, path)
     with pytest.raises(cli.Refusal, match="is no checkpoint of"):
-        training.train(config(path, resume=True))
+        train(config(path, resume=True))
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
@@ -182,7 +185,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
 
 def test_another_option_is_refused(uninterrupted: Path) -> None:
     with pytest.raises(cli.Refusal, match=r"run with --lr 0.001, not 0.5"):
-        training.train(config(uninterrupted, resume=True, lr=0.5))
+        train(config(uninterrupted, resume=True, lr=0.5))
     with pytest.raises(cli.Refusal, match="needs a --checkpoint"):
         training.Config(resume=True)
 

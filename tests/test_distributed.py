@@ -629,6 +629,9 @@ def check_logits(device: torch.device, dtype: torch.dtype) -> None:
             "label_smoothing": rng.choice((0.0, 0.0, 0.1)),
         }
         probabilities = rng.random() < 0.2
+        if rng.random() < 0.5 and not probabilities:  # a class, which on other ranks is another
+            options["ignore_index"] = 1
+            target[target == -100] = 1
         if probabilities:
             target = logits.roll(1).float().softmax(class_dim).to(dtype)
         reduced = options["reduction"] != "none"
