@@ -17,7 +17,7 @@ CUDA_INSTALLED := $(CUDA_VENV)/installed
 CUDA_BUILT := build/cuda-built
 
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-ROOM_TESTS := $(patsubst csrc/%/torch.cpp,tests/test_%.py,$(wildcard csrc/*/torch.cpp))
+ROOM_TESTS := $(wildcard $(patsubst csrc/%/torch.cpp,tests/test_%*.py,$(wildcard csrc/*/torch.cpp)))
 # Every CUDA kernel, on the emulator.
 EMULATED := --device emulator $(ROOM_TESTS) tests/test_emulator.py tests/test_every_kernel.py
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')

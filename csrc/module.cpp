@@ -82,6 +82,8 @@ py::object pointwise_loss(py::handle input, py::handle target, py::handle weight
     });
 }
 
+using fusedstep::sgd::Rounding;
+
 // Gives an autograd node defined here its own Python type, so that printing grad_fn names it.
 void register_node_type(const std::type_info& node, const char* name) {
     auto* const type = new PyTypeObject{PyVarObject_HEAD_INIT(nullptr, 0)};  // lives forever
@@ -96,7 +98,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("cross_entropy", torch::wrap_pybind_function(&cross_entropy));
     m.def("pointwise_loss", torch::wrap_pybind_function(&pointwise_loss));
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
+    py::class_<Rounding>(m, "Rounding")
+        .def(py::init<bool, std::optional<std::uint64_t>>(), py::kw_only(),
+             py::arg("master_weights"), py::arg("seed"));
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
+    m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::sgd::step_in_backward));
     m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
     m.def("cpu_capability", [] { return fusedstep::cpu_level_name(fusedstep::cpu_level()); });
     register_node_type(fusedstep::cross_entropy::backward_node_type(), "CrossEntropyBackward0");

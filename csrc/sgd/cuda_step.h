@@ -30,10 +30,11 @@ struct UpdateHeader {
     const float* device_found_inf;
 };
 
-// The table: the groups, then the entries.
+// The table: the groups, the entries, then their precisions, if there are any.
 constexpr std::size_t table_bytes(const Step& step) {
+    std::size_t const entry = sizeof(Entry) + (step.precisions ? sizeof(EntryPrecision) : 0);
     return static_cast<std::size_t>(step.group_count) * sizeof(Hyperparameters) +
-           static_cast<std::size_t>(step.entry_count) * sizeof(Entry);
+           static_cast<std::size_t>(step.entry_count) * entry;
 }
 
 constexpr bool table_fits(const Step& step, std::size_t parameter_bytes = kMostParameterBytes) {

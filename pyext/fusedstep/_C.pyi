@@ -24,11 +24,24 @@ def pointwise_loss(
 ) -> Tensor | None: ...
 def check_targets(device: torch.device, /) -> None: ...
 def cpu_capability() -> str: ...
+
+class Rounding:
+    def __init__(self, *, master_weights: bool, seed: int | None) -> None: ...
+
 def sgd_step(
     param_groups: list[dict[str, Any]],
     state: dict[Any, Any],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rounding: Rounding,
     /,
 ) -> list[tuple[dict[str, Any], list[Tensor]]]: ...
+def sgd_step_in_backward(
+    group: dict[str, Any],
+    param: Tensor,
+    place: int,
+    state: dict[Any, Any],
+    rounding: Rounding,
+    /,
+) -> bool: ...
 def sgd_zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...
