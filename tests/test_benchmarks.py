@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import bench_cross_entropy
 import bench_pointwise_loss
 import bench_sgd
+import bench_sgd_mixed_precision
 import bench_train_step
 import cli
 import correctness
@@ -42,6 +43,10 @@ SCRIPTS = {
     "bench_cross_entropy": (bench_cross_entropy.Options, bench_cross_entropy.main),
     "bench_pointwise_loss": (bench_pointwise_loss.Options, bench_pointwise_loss.main),
     "bench_sgd": (bench_sgd.Options, bench_sgd.main),
+    "bench_sgd_mixed_precision": (
+        bench_sgd_mixed_precision.Options,
+        bench_sgd_mixed_precision.main,
+    ),
     "bench_train_step": (bench_train_step.Options, bench_train_step.main),
     "gpu_check": (gpu_check.Options, gpu_check.main),
 }

@@ -297,8 +297,9 @@ __device__ __forceinline__ void update_precise_entry(const UpdateHeader& step,
 // The same where not all entries are ordinary.
 template <class T>
 __device__ __forceinline__ void update_entry(const UpdateHeader& step, const Hyperparameters& h,
-                                             const Entry& entry, const EntryPrecision& precision,
-                                             std::int64_t begin, std::int64_t end) {
+                                             const PreciseEntry& entry, std::int64_t begin,
+                                             std::int64_t end) {
+    const EntryPrecision& precision = entry.precision;
     if constexpr (sizeof(T) == 2) {
         if (precision.precision == Precision::master_weights) {
             update_precise_entry<Precision::master_weights, T>(step, h, entry, precision, begin,
@@ -313,7 +314,7 @@ __device__ __forceinline__ void update_entry(const UpdateHeader& step, const Hyp
             return;
         }
     }
-    update_entry<T>(step, h, entry, begin, end);
+    update_entry<T>(step, h, static_cast<const Entry&>(entry), begin, end);
 }
 
 // Whether all entries are ordinary is known when the kernel is compiled: the registers that the
@@ -321,24 +322,17 @@ __device__ __forceinline__ void update_entry(const UpdateHeader& step, const Hyp
 template <bool kOrdinary>
 __device__ __forceinline__ void update_block(const UpdateHeader& step, const unsigned char* table) {
     auto const* const groups = reinterpret_cast<const Hyperparameters*>(table);
-    auto const* const entries = reinterpret_cast<const Entry*>(groups + step.group_count);
-    auto const* const precisions =
-        reinterpret_cast<const EntryPrecision*>(entries + step.entry_count);
+    using Listed = std::conditional_t<kOrdinary, Entry, PreciseEntry>;
+    auto const* const entries = reinterpret_cast<const Listed*>(groups + step.group_count);
     auto const first_of = [&step](unsigned block) {
         return static_cast<int>(std::int64_t{step.chunks} * block / gridDim.x);
     };
     for_each_span(entries, step.entry_count, first_of(blockIdx.x), first_of(blockIdx.x + 1),
-                  [&](const Entry& entry, std::int64_t begin, std::int64_t end)
+                  [&](const Listed& entry, std::int64_t begin, std::int64_t end)
                       __attribute__((always_inline)) {
                           dispatch(entry.dtype, [&](auto tag) __attribute__((always_inline)) {
                               using T = typename decltype(tag)::type;
-                              const Hyperparameters& h = groups[entry.group];
-                              if constexpr (kOrdinary) {
-                                  update_entry<T>(step, h, entry, begin, end);
-                              } else {
-                                  update_entry<T>(step, h, entry, precisions[&entry - entries],
-                                                  begin, end);
-                              }
+                              update_entry<T>(step, groups[entry.group], entry, begin, end);
                           });
                       });
 }
@@ -390,15 +384,17 @@ cudaError_t launch_with_parameters(const Step& step, const UpdateHeader& header,
 }  // namespace
 
 void write_table(const Step& step, void* table) {
-    auto* to = static_cast<unsigned char*>(table);
-    auto const append = [&to](const auto* list, std::int64_t count) {
-        std::size_t const bytes = static_cast<std::size_t>(count) * sizeof(*list);
-        std::memcpy(to, list, bytes);
-        to += bytes;
-    };
-    append(step.groups, step.group_count);
-    append(step.entries, step.entry_count);
-    if (step.precisions) append(step.precisions, step.entry_count);
+    std::size_t const groups = static_cast<std::size_t>(step.group_count) * sizeof(Hyperparameters);
+    auto* const entries = static_cast<unsigned char*>(table) + groups;
+    std::memcpy(table, step.groups, groups);
+    if (!step.precisions) {
+        std::memcpy(entries, step.entries, table_bytes(step) - groups);
+        return;
+    }
+    for (std::int64_t i = 0; i < step.entry_count; ++i) {
+        PreciseEntry const entry{step.entries[i], step.precisions[i]};
+        std::memcpy(entries + i * sizeof(entry), &entry, sizeof(entry));
+    }
 }
 
 cudaError_t cuda_update(const Step& step, const void* device_table, const DeviceLimits& limits,

@@ -30,9 +30,14 @@ struct UpdateHeader {
     const float* device_found_inf;
 };
 
-// The table: the groups, the entries, then their precisions, if there are any.
+// What is listed where not all entries are ordinary.
+struct PreciseEntry : Entry {
+    EntryPrecision precision;
+};
+
+// The table: the groups, then the entries.
 constexpr std::size_t table_bytes(const Step& step) {
-    std::size_t const entry = sizeof(Entry) + (step.precisions ? sizeof(EntryPrecision) : 0);
+    std::size_t const entry = step.precisions ? sizeof(PreciseEntry) : sizeof(Entry);
     return static_cast<std::size_t>(step.group_count) * sizeof(Hyperparameters) +
            static_cast<std::size_t>(step.entry_count) * entry;
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -94,16 +95,19 @@ def _require_finite(group: dict[str, Any]) -> None:
 
 
 class _StepInBackward:
-    """Hook that updates a parameter as soon as its gradient is complete, and drops the gradient."""
+    """Hook that updates a parameter as soon as its gradient is complete, and drops the gradient.
+
+    The garbage collector does not see what a parameter's hooks hold: they hold nothing.
+    """
 
     def __init__(self, optimizer: SGD, group: int, place: int) -> None:
-        self.optimizer = optimizer
+        self.optimizer = weakref.ref(optimizer)
         self.group = group
         self.place = place
 
     def __call__(self, param: Tensor) -> None:
-        optimizer = self.optimizer
-        if param.grad is None:
+        optimizer = self.optimizer()
+        if optimizer is None or param.grad is None:
             return
         group = optimizer.param_groups[self.group]
         if not _C.sgd_step_in_backward(
@@ -116,8 +120,8 @@ class _StepInBackward:
 def _optimizer_in_backward(param: Tensor) -> SGD | None:
     """The one that updates the parameter as soon as its gradient is complete."""
     hooks = param._post_accumulate_grad_hooks or {}
-    owners = (hook.optimizer for hook in hooks.values() if isinstance(hook, _StepInBackward))
-    return next(owners, None)
+    owners = (hook.optimizer() for hook in hooks.values() if isinstance(hook, _StepInBackward))
+    return next((owner for owner in owners if owner is not None), None)
 
 
 class SGD(torch.optim.SGD):
@@ -161,6 +165,43 @@ class SGD(torch.optim.SGD):
             parameter, or a hyperparameter overflows the parameter's dtype.
 
     An error in ``step`` leaves parameters, gradients and state as they were.
+
+    The arguments below are ours. They are no part of ``defaults``, of the parameter groups or of a
+    checkpoint, and none of them changes what float32 and float64 parameters become.
+
+    Args:
+        master_weights: Whether bfloat16 and float16 parameters are roundings of float32 weights,
+            which lie in their state as ``master_param``, beside a float32 ``momentum_buffer``. The
+            update computes in these and rounds the parameter, in one pass; master weights and
+            momentum are those of a float32 run on the same gradients. An element of a parameter
+            that is not the rounding of its master weight was written since the last step, by
+            ``load_state_dict`` of the model or by hand, and takes the place of the master weight.
+            :class:`torch.amp.GradScaler`'s scale is divided out in float32. Torch's SGD loads such
+            a checkpoint, rounds the momentum to the parameter's dtype and ignores the weights; its
+            checkpoints load here, and master weights begin at the parameters.
+        stochastic_rounding: Whether bfloat16 parameters are rounded up or down by chance, away from
+            zero with the probability of the way that they have gone to the next value, so that
+            small updates are not lost but add up on average. Momentum is rounded to nearest.
+            What is drawn depends on ``seed``, on the parameter's place among all, on its number of
+            steps (``step`` in its state) and on the element's offset in memory: the same bits on
+            the CPU and on CUDA, for any number of threads and in a resumed run; replicas stay
+            alike. It cannot be captured in a CUDA graph, whose replays would draw the same numbers,
+            and float16 parameters are refused. Under :class:`torch.amp.GradScaler` on CUDA a
+            skipped step counts.
+        seed: Of stochastic rounding; an integer in [0, 2**64).
+        in_backward: Whether ``backward`` itself updates each parameter as soon as its gradient is
+            complete, and sets the gradient to None, so that one gradient is alive at a time. The
+            bits are those of ``step``, the hyperparameters those of that moment. ``step`` stays in
+            the loop for schedulers, hooks and closures, and updates what still has a gradient.
+            Each ``backward`` is an update: gradients cannot be accumulated over several, clipped
+            by their norm or scaled by GradScaler (which raises in ``step``), and a second backward
+            through the old weights is torch's error. An error in the middle of ``backward`` leaves
+            the parameters behind it as they were. Reentrant activation checkpoints run a backward
+            for each segment, so that a parameter of two segments is updated twice. Parameters of
+            ``fully_shard`` are updated when their gradient has been reduced;
+            ``DistributedDataParallel`` reduces too late and is refused with a RuntimeError. It
+            lasts as long as the optimizer, or until :meth:`remove_backward_hooks`; copies of the
+            optimizer update their own copies of the parameters.
     """
 
     # Asks GradScaler to hand over its scale instead of unscaling gradients in a pass of its own.
