@@ -59,6 +59,7 @@ ADDRESS = Flavour(
 # has neither.
 THREAD = Flavour("thread", "g++", ("-O1", "-g1", "-fsanitize=thread", "-DNATIVE_THREADS=3"))
 PLAIN = Flavour("plain", "g++", ("-O2", "-g1"))
+MEMORY = Flavour("memory", "g++", ("-O2", "-g1", "-DNATIVE_MEMORY_ONLY"))
 FUZZER = Flavour(
     "fuzzer",
     "clang++",
