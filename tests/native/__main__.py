@@ -44,7 +44,13 @@ def fuzz(seconds: float, targets: list[str], corpus: Path) -> None:
         folder = corpus / target
         folder.mkdir(parents=True, exist_ok=True)
         log = corpus / f"{target}.log"
-        command = [str(program), str(folder), f"-max_total_time={seconds:.0f}", "-max_len=256"]
+        command = [
+            str(program),
+            str(folder),
+            f"-max_total_time={seconds:.0f}",
+            "-max_len=256",
+            "-len_control=0",
+        ]
         command += ["-print_final_stats=1", "-timeout=60", f"-artifact_prefix={corpus}/{target}-"]
         with log.open("w") as out:
             code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT).returncode
