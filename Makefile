@@ -23,7 +23,7 @@ CLIENTS_BIN := $(CLIENTS_VENV)/bin
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/installed
 
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-ROOM_TESTS := $(patsubst csrc/%/torch.cpp,tests/test_%.py,$(wildcard csrc/*/torch.cpp))
+ROOM_TESTS := $(wildcard $(patsubst csrc/%/torch.cpp,tests/test_%*.py,$(wildcard csrc/*/torch.cpp)))
 # Every CUDA kernel, on the emulator.
 EMULATED := --device emulator $(ROOM_TESTS) tests/test_emulator.py tests/test_every_kernel.py
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')

@@ -14,6 +14,8 @@ namespace py = pybind11;
 
 namespace {
 
+using fusedstep::sgd::Rounding;
+
 using fusedstep::cross_entropy::check_targets;
 
 // A torch.Tensor or Parameter itself: a subclass may mean something else by its operations.
@@ -110,7 +112,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("cross_entropy", torch::wrap_pybind_function(&cross_entropy));
     m.def("pointwise_loss", torch::wrap_pybind_function(&pointwise_loss));
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
+    py::class_<Rounding>(m, "Rounding")
+        .def(py::init<bool, std::optional<std::uint64_t>>(), py::kw_only(),
+             py::arg("master_weights"), py::arg("seed"));
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
+    m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::sgd::step_in_backward));
     m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
     m.def("call_counts", &call_counts);
     m.def("reset_call_counts", &fusedstep::CallCounter::reset_all);
