@@ -29,7 +29,9 @@ __all__ = [
 
 # torch's own functions: those that torch.nn.functional held when this module was imported.
 _TORCH: dict[str, Callable[..., Tensor]] = {
-    name: getattr(torch.nn.functional, name) for name in __all__ if name != "check_targets"
+    name: getattr(torch.nn.functional, name)
+    for name in __all__
+    if hasattr(torch.nn.functional, name)
 }
 
 _WITHOUT_WEIGHT = {"l1_loss", "mse_loss", "huber_loss"}  # whose weight is torch's to compute
@@ -386,6 +388,7 @@ def _under_torchs_name(ours: FunctionType) -> FunctionType:
     """
     twin = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__)
     twin.__dict__.update(ours.__dict__)
+    twin.__kwdefaults__ = ours.__kwdefaults__
     twin.__annotations__ = ours.__annotations__
     twin.__doc__ = ours.__doc__
     twin.__module__ = torch.nn.functional.__name__
