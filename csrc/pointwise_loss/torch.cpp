@@ -56,11 +56,11 @@ using torch::autograd::variable_list;
 // ---- What is covered ----
 
 // In the order of Kind, as far as users choose one.
-CallCounter counters[] = {CallCounter("l1_loss"), CallCounter("mse_loss"),
-                          CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
-                          CallCounter("binary_cross_entropy_with_logits")};
+std::array<CallCounter, 5> counters{{CallCounter("l1_loss"), CallCounter("mse_loss"),
+                                     CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
+                                     CallCounter("binary_cross_entropy_with_logits")}};
 
-CallCounter& calls(std::int64_t kind) { return counters[static_cast<std::size_t>(kind)]; }
+CallCounter& calls(std::int64_t kind) { return counters.at(static_cast<std::size_t>(kind)); }
 
 // The tensors and numbers of one call.
 struct Call {
