@@ -414,6 +414,7 @@ struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
     std::int64_t reduction = 0;
     double parameter = 0;
     at::ScalarType loss_dtype = at::kFloat;
+    std::uint64_t forward_capture = 0;
     Tensor grad;  // for a grad_output of 1; undefined where it is recomputed
 
     std::string name() const override { return "PointwiseLossBackward0"; }
@@ -522,6 +523,7 @@ Tensor fused(const Call& call, at::ScalarType loss_dtype) {
         node->parameter = call.parameter;
         node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
+        if (grad_now && !symbolic) node->forward_capture = capture_around(call.input);
         if (grad_now) node->grad = std::move(grad);
         torch::autograd::set_history(loss, node);
     }
