@@ -1,6 +1,6 @@
 """The training step around a network, fused: loss forward, loss backward, SGD update.
 
-The losses and ``SGD`` are drop-ins for torch's classes of the same names.
+The losses and ``SGD`` are drop-ins for torch's classes of the same names; ``FocalLoss`` has none.
 """
 
 from fusedstep._compatibility import check_torch as _check_torch
@@ -14,6 +14,7 @@ from fusedstep import functional, nn, optim  # noqa: E402
 from fusedstep.nn import (  # noqa: E402
     BCEWithLogitsLoss,
     CrossEntropyLoss,
+    FocalLoss,
     HuberLoss,
     L1Loss,
     MSELoss,
@@ -25,6 +26,7 @@ __all__ = [
     "SGD",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "FocalLoss",
     "HuberLoss",
     "L1Loss",
     "MSELoss",
