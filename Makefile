@@ -22,6 +22,11 @@ CLIENTS_VENV := .venv-clients
 CLIENTS_BIN := $(CLIENTS_VENV)/bin
 CLIENTS_INSTALLED := $(CLIENTS_VENV)/installed
 
+# Sphinx and what it needs; torch and fusedstep are those of .venv.
+DOCS_VENV := .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
+DOCS_INSTALLED := $(DOCS_VENV)/installed
+
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 ROOM_TESTS := $(wildcard $(patsubst csrc/%/torch.cpp,tests/test_%*.py,$(wildcard csrc/*/torch.cpp)))
 # Every CUDA kernel, on the emulator.
@@ -36,7 +41,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test sanitize memcheck fuzz budget bench readme properties test-big errors
+.PHONY: help build train train-ddp test lint format cuda-build cuda-test gpu-check clean distclean clients-test sanitize memcheck fuzz budget bench readme properties test-big errors docs install-matrix sdist wheel
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder] [SECONDS=60]'
@@ -78,6 +83,19 @@ test-big: $(BUILT)  ## tensors beyond 2^31 elements and other extremes: up to 13
 errors: $(BUILT)  ## measure rounding errors beside torch's, into docs/numerics.md
 	$(BIN)/python tests/error_measure.py docs/numerics.md
 
+docs: $(BUILT) $(DOCS_INSTALLED)  ## the pages and the API reference, as HTML, into build/docs
+	PYTHONPATH="pyext:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	    $(DOCS_BIN)/sphinx-build -W --keep-going -q docs build/docs
+
+sdist:  ## the source distribution, into dist
+	$(PYTHON) -c "import setuptools.build_meta as backend; backend.build_sdist('dist')"
+
+wheel:  ## a wheel for the torch that PYTHON has, into dist
+	$(PYTHON) -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+install-matrix:  ## install in every way users do (ARGS="--python python3.12 --torch newest"; hours)
+	$(PYTHON) tests/install_matrix.py build/install-matrix $(ARGS)
+
 lint: $(BUILT)  ## check format, lint, types and layering
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -117,7 +135,7 @@ clean:  ## remove what was built
 	rm -rf build dist pyext/*.egg-info pyext/fusedstep/_C*.so pyext/fusedstep/_build_info.py
 
 distclean: clean  ## remove what was built and every .venv
-	rm -rf $(VENV) $(CLIENTS_VENV) $(CUDA_VENV)
+	rm -rf $(VENV) $(CLIENTS_VENV) $(DOCS_VENV) $(CUDA_VENV)
 
 $(INSTALLED): requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit( \
@@ -133,6 +151,11 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 $(CLIENTS_INSTALLED): requirements-clients.txt requirements-dev.txt
 	$(PYTHON) -m venv $(CLIENTS_VENV)
 	$(CLIENTS_BIN)/pip install --disable-pip-version-check -r $<
+	@touch $@
+
+$(DOCS_INSTALLED): requirements-docs.txt $(INSTALLED)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_BIN)/pip install --disable-pip-version-check -r $<
 	@touch $@
 
 # `torch==X` also accepts X+cpu; `torch===X` accepts X alone, which on Linux is the CUDA build.

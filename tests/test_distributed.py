@@ -965,14 +965,7 @@ def test_sharded_logits(ranks: Ranks, world: int, check: Callable[..., None]) ->
     ranks(world, check)
 
 
-# ------------------------------------------------------------------ documentation, import
-
-
-def test_examples_of_the_page(cpu_only: None) -> None:
-    page = Path(__file__).parents[1] / "docs" / "distributed.md"
-    command = [sys.executable, "-W", "ignore", "-m", "doctest", page]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stdout + process.stderr
+# ------------------------------------------------------------------ import
 
 
 def test_import_does_not_load_dtensor(cpu_only: None) -> None:

@@ -590,7 +590,10 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     if (has_master) {
         auto const keep = [&](PyObject* key, Tensor& tensor, const Tensor& source) {
             Tensor kept = as_float32(source, param);
-            if (!kept.is_same(tensor)) set_state(param_object, key, kept);
+            if (!kept.is_same(tensor)) {
+                auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(kept));
+                new_states_.push_back({param_object, key, std::move(made)});
+            }
             tensor = std::move(kept);
         };
         keep(keys().master_param, master, master.defined() ? master : param);
