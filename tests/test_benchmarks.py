@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import subprocess
 import sys
 import types
@@ -1228,6 +1229,12 @@ def test_a_transformer_does_not_look_ahead() -> None:
 
 
 # The README
+
+
+def test_the_readme_has_the_figures_of_committed_results() -> None:
+    text = readme.README.read_text()
+    assert set(re.findall(r"<!-- measured: (\w+) from", text)) == set(readme.PARTS)
+    assert readme.rendered(text) == text, "`make readme` rewrites its tables"
 
 
 def test_a_part_of_the_readme_is_written_between_its_marks(
