@@ -11,7 +11,6 @@ namespace fusedstep::sgd::FUSEDSTEP_LEVEL {
 namespace {
 
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
-using ::fusedstep::FUSEDSTEP_LEVEL::bit_cast;  // not dtype.h's, see core/vec.h
 
 // How a vector of an array is read and written: whole, or its first n lanes.
 struct Whole {
