@@ -51,12 +51,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "level: kernel test that must also pass at every CPU instruction-set level"
-    )
-    config.addinivalue_line(
-        "markers", "big: needs gigabytes of memory; only `make test-big` runs it"
-    )
     device = config.getoption("--device")
     if device == "emulator":
         use_emulated_package(config)

@@ -306,5 +306,7 @@ def test_table(device: str) -> None:
 
 
 def test_an_unknown_operator_is_named() -> None:
+    with pytest.raises(KeyError, match="nll_loss"):
+        fusedstep.stats()["nll_loss"]
     with pytest.raises(ValueError, match="nll_loss"):
         fusedstep._C.count_fallback("nll_loss", torch.device("cpu"), "why not")

@@ -491,6 +491,7 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     std::int64_t ignore_index = 0;
     double label_smoothing = 0;
     at::ScalarType loss_dtype = at::kFloat;
+    std::uint64_t forward_capture = 0;
     Tensor grad;   // for a grad_output of 1; undefined where it is recomputed
     Tensor stats;  // what a recompute needs; undefined where none can happen
 
@@ -591,6 +592,7 @@ Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& w
         node->label_smoothing = label_smoothing;
         node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
+        if (grad_in_forward && !symbolic) node->forward_capture = capture_around(logits);
         if (grad_in_forward) node->grad = std::move(grad);
         if (with_stats) node->stats = std::move(stats);
         torch::autograd::set_history(loss, node);

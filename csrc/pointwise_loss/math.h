@@ -89,7 +89,7 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
             return {Math::fmadd(one - t, x, softplus), sigmoid - t};
         }
         V const weighted = parameter * t;
-        return {Math::fmadd(one - t, x, (one + (parameter - one) * t) * softplus),
+        return {(one - t) * x + (one + (parameter - one) * t) * softplus,
                 (one - t + weighted) * sigmoid - weighted};
     } else {
         V const d = x - t;

@@ -56,11 +56,11 @@ using torch::autograd::variable_list;
 // ---- What is covered ----
 
 // In the order of Kind, as far as users choose one.
-CallCounter counters[] = {CallCounter("l1_loss"), CallCounter("mse_loss"),
-                          CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
-                          CallCounter("binary_cross_entropy_with_logits")};
+std::array<CallCounter, 5> counters{{CallCounter("l1_loss"), CallCounter("mse_loss"),
+                                     CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
+                                     CallCounter("binary_cross_entropy_with_logits")}};
 
-CallCounter& calls(std::int64_t kind) { return counters[static_cast<std::size_t>(kind)]; }
+CallCounter& calls(std::int64_t kind) { return counters.at(static_cast<std::size_t>(kind)); }
 
 // The tensors and numbers of one call.
 struct Call {
@@ -414,6 +414,7 @@ struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
     std::int64_t reduction = 0;
     double parameter = 0;
     at::ScalarType loss_dtype = at::kFloat;
+    std::uint64_t forward_capture = 0;
     Tensor grad;  // for a grad_output of 1; undefined where it is recomputed
 
     std::string name() const override { return "PointwiseLossBackward0"; }
@@ -522,6 +523,7 @@ Tensor fused(const Call& call, at::ScalarType loss_dtype) {
         node->parameter = call.parameter;
         node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
+        if (grad_now && !symbolic) node->forward_capture = capture_around(call.input);
         if (grad_now) node->grad = std::move(grad);
         torch::autograd::set_history(loss, node);
     }

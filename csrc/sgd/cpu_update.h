@@ -11,7 +11,6 @@ namespace fusedstep::sgd::FUSEDSTEP_LEVEL {
 namespace {
 
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
-using ::fusedstep::FUSEDSTEP_LEVEL::bit_cast;  // not dtype.h's, see core/vec.h
 
 // How a vector of an array is read and written: whole, or its first n lanes.
 struct Whole {
@@ -67,7 +66,7 @@ struct Stochastic : Ordinary<bfloat16> {
     template <class Access>
     FUSEDSTEP_VEC void store_param(Access access, std::int64_t i, VecF v) const {
         auto const at = static_cast<std::uint64_t>(offset + i);
-        VecU32 const low = bit_cast<VecU32>(lane_index<float>()) + static_cast<std::uint32_t>(at);
+        VecU32 const low = vec_cast<VecU32>(lane_index<float>()) + static_cast<std::uint32_t>(at);
         VecU32 const random = random_bits(key, static_cast<std::uint32_t>(at >> 32), low);
         access.store(param + i, round_stochastically(v, random));
     }
@@ -100,7 +99,7 @@ struct WithMaster {
         T rounded[kLanes<float>];
         store(rounded, master);
         VecF const expected = load(static_cast<const T*>(rounded));
-        return bit_cast<VecI32>(p) == bit_cast<VecI32>(expected) ? master : p;
+        return vec_cast<VecI32>(p) == vec_cast<VecI32>(expected) ? master : p;
     }
     template <class Access>
     FUSEDSTEP_VEC void store_param(Access access, std::int64_t i, VecF v) const {

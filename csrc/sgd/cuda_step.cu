@@ -105,10 +105,9 @@ __device__ __forceinline__ void update_elements(const Update<acc_t<T>>& u, const
     }
 }
 
-template <bool unscale, class T>
+template <int kVectorsInFlight, bool unscale, class T>
 __device__ __forceinline__ void update_span(const Update<acc_t<T>>& u, const Span<T>& span) {
-    constexpr int kVectorsInFlight = 2;
-    constexpr int kElementsInFlight = 4;
+    constexpr int kElementsInFlight = 2 * kVectorsInFlight;
     int tail = 0;
     if (is_vector_aligned(span.param) && is_vector_aligned(span.grad) &&
         is_vector_aligned(span.buffer)) {
@@ -250,7 +249,7 @@ __device__ __forceinline__ bool is_skipped(const UpdateHeader& step) {
     return step.device_found_inf && *step.device_found_inf != 0;
 }
 
-template <class T>
+template <class T, int kVectorsInFlight = 2>
 __device__ __forceinline__ void update_entry(const UpdateHeader& step, const Hyperparameters& h,
                                              const Entry& entry, std::int64_t begin,
                                              std::int64_t end) {
@@ -264,7 +263,8 @@ __device__ __forceinline__ void update_entry(const UpdateHeader& step, const Hyp
         return;
     }
     Update<A> const u = read_update<A>(step, h, entry);
-    u.grad_scale == 1 ? update_span<false>(u, span) : update_span<true>(u, span);
+    u.grad_scale == 1 ? update_span<kVectorsInFlight, false>(u, span)
+                      : update_span<kVectorsInFlight, true>(u, span);
 }
 
 template <Precision kPrecision, class T>
@@ -314,7 +314,8 @@ __device__ __forceinline__ void update_entry(const UpdateHeader& step, const Hyp
             return;
         }
     }
-    update_entry<T>(step, h, static_cast<const Entry&>(entry), begin, end);
+    // With fewer in flight than in a kernel of ordinary entries alone all of it fits registers.
+    update_entry<T, 1>(step, h, static_cast<const Entry&>(entry), begin, end);
 }
 
 // Whether all entries are ordinary is known when the kernel is compiled: the registers that the

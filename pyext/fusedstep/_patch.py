@@ -29,7 +29,6 @@ class _Replacement(NamedTuple):
 
 _MISSING = object()
 
-
 in_spawned: list[Callable[[], None]] = []  # called where multiprocessing spawns a process
 
 

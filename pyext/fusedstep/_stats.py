@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.util import Finalize, register_after_fork
 
-from fusedstep import _C, _patch
+from fusedstep import _C, _patch, functional
 
 __all__ = ["Calls", "Stats", "reset_stats", "stats"]
 
@@ -18,8 +18,8 @@ class Calls:
     """The calls of one operator on one kind of device.
 
     Attributes:
-        operator: Its name in :mod:`torch.nn.functional`; or ``"SGD"``, a call of which is the
-            update of one parameter.
+        operator: Its name in :mod:`torch.nn.functional` (``smooth_l1_loss`` with a ``beta`` of 0
+            is ``l1_loss``); or ``"SGD"``, a call of which is the update of one parameter.
         device: Such as ``"cpu"`` or ``"cuda"``.
         fused: How many our kernels computed.
         fallbacks: How many were left to torch's own operator, by reason.
@@ -49,7 +49,13 @@ class Stats:
     replaced: tuple[str, ...]
 
     def __getitem__(self, operator: str) -> Calls:
-        """The calls of an operator, on all devices together."""
+        """The calls of an operator, on all devices together.
+
+        Raises:
+            KeyError: There is no such operator.
+        """
+        if operator not in {*functional.stand_ins, "SGD"}:
+            raise KeyError(operator)
         ours = [c for c in self.calls if c.operator == operator]
         fallbacks: dict[str, int] = {}
         for calls in ours:

@@ -410,6 +410,7 @@ def _under_torchs_name(ours: FunctionType) -> FunctionType:
     """
     twin = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__)
     twin.__dict__.update(ours.__dict__)
+    twin.__kwdefaults__ = ours.__kwdefaults__
     twin.__annotations__ = ours.__annotations__
     twin.__doc__ = ours.__doc__
     twin.__module__ = torch.nn.functional.__name__

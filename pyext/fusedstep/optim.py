@@ -99,7 +99,7 @@ class _IfStepIsOurs:
     """
 
     def __get__(self, optimizer: Optimizer | None, owner: type[Optimizer]) -> bool:
-        step: Any = (optimizer or owner).step
+        step: Any = owner.step if optimizer is None else optimizer.step
         step = getattr(step, "__func__", step)
         while step is not SGD.step and hasattr(step, "__wrapped__"):
             step = step.__wrapped__

@@ -59,6 +59,7 @@ ADDRESS = Flavour(
 # has neither.
 THREAD = Flavour("thread", "g++", ("-O1", "-g1", "-fsanitize=thread", "-DNATIVE_THREADS=3"))
 PLAIN = Flavour("plain", "g++", ("-O2", "-g1"))
+MEMORY = Flavour("memory", "g++", ("-O2", "-g1", "-DNATIVE_MEMORY_ONLY"))
 FUZZER = Flavour(
     "fuzzer",
     "clang++",
@@ -96,8 +97,10 @@ def build_target(target: str, flavour: Flavour) -> Path:
     sources = [HERE / f"fuzz_{target}.cpp"]
     if flavour.driver:
         sources.append(HERE / flavour.driver)
-    # The harness goes without a sanitizer: it is not what is checked.
-    harness = [flag for flag in flavour.flags if not flag.startswith("-fsanitize")]
+    # The harness goes without a sanitizer where what is checked is not in it.
+    harness = [
+        flag for flag in flavour.flags if not (TARGETS[target] and flag.startswith("-fsanitize"))
+    ]
     ninja.compile(sources, [*COMMON, *harness, "-O2"])
     shared = [CSRC / "core" / "cpu_level.cpp"]
     levels = [source for room in TARGETS[target] for source in kernels(room)]

@@ -36,6 +36,7 @@ struct Case {
     std::unique_ptr<Array> logits, probability, weight, grad, losses, stats, grad_output;
     std::unique_ptr<Guarded> target;
     std::vector<Row> expected;
+    Real weight_size = 0;  // of all classes: their sum must not overflow with label smoothing
     const char* level = "";
 
 private:
@@ -148,7 +149,10 @@ void Case::draw_targets() {
         args.target_index = indices();
     }
     Real sum = weight ? 0 : classes;
-    for (std::int64_t c = 0; weight && c < classes; ++c) sum += (*weight)[c];
+    for (std::int64_t c = 0; weight && c < classes; ++c) {
+        sum += (*weight)[c];
+        weight_size += std::fabs((*weight)[c]);
+    }
     args.weight_sum = static_cast<double>(sum);
 }
 
@@ -192,6 +196,7 @@ Row Case::expect(std::int64_t row) const {
     }
     Real const log_sum = std::log(r.exp_sum);
     r.loss.value = r.target_sum * log_sum - dot;
+    r.loss.largest = weight_size;
     r.loss.magnitude = r.target_size * (1 + log_sum) + dot_size;
     // A product with a weight of a true class may underflow before it meets x_c - m.
     r.loss.absolute = log_sum + 1;
@@ -211,7 +216,7 @@ Expected Case::expected_grad(const Row& row, std::int64_t i, Real upstream) cons
     g.value = row.e[c] * scale - row.u[c] * upstream;
     g.magnitude = row.e[c] * size * spread + std::fabs(row.u_size[c] * upstream);
     g.absolute = std::fabs(upstream) * 2 + size + row.target_size;
-    g.largest = std::max({size, row.target_size, std::fabs(upstream)});
+    g.largest = std::max({size, row.target_size, weight_size, std::fabs(upstream)});
     return g;
 }
 
@@ -296,7 +301,7 @@ void Case::check(const CpuKernels& kernels) {
         total.value += loss.value;
         total.magnitude += loss.magnitude;
         total.absolute += loss.absolute;
-        total.largest = std::max(total.largest, loss.magnitude);
+        total.largest = std::max({total.largest, loss.largest, loss.magnitude});
         if (!losses) continue;
         Real const got = (*losses)[row];
         bool const ignored = expected[static_cast<std::size_t>(row)].ignored;

@@ -431,6 +431,13 @@ struct Expected {
 // Whether `got`, computed in one type and stored in another, is the value: within some rounding
 // errors and not more, infinite or NaN where it has to be or where something overflowed on the way.
 inline bool is_close(Real got, const Expected& expected, DType computed, DType stored) {
+#if defined(NATIVE_MEMORY_ONLY)
+    // valgrind computes long double as double: it has nothing to compare with, but looks at whether
+    // the decision below depends on memory that was never written.
+    static volatile int negative = 0;
+    if (got < 0) negative = 1;
+    return true;
+#endif
     constexpr Real kRoundings = 64;
     Precision const c = precision(computed), s = precision(stored);
     Real const error = kRoundings * c.epsilon * expected.magnitude +
