@@ -283,7 +283,9 @@ SHAPES = [
     Case("256x1000, class weights", (256, 1000), weighted=True),
     Case("256x1000, probability targets", (256, 1000), probabilities=True),
     Case("256x1000, focal loss", (256, 1000), loss="focal_loss"),
+    Case("4x21x128x128, focal loss", (4, 21, 128, 128), loss="focal_loss"),
     Case("256x1000, z-loss", (256, 1000), loss="z_loss"),
+    Case("128x32000, z-loss", (128, 32000), loss="z_loss"),
 ]
 
 
