@@ -46,7 +46,8 @@ OPERATIONS = {
     "cross_entropy": Operation(
         "Cross-entropy, forward and backward",
         "One call is loss = f(logits, target); loss.backward(). Sizes are batch × classes, or "
-        "batch × classes × height × width.",
+        "batch × classes × height × width. Torch has no focal loss and no z-loss: its times there "
+        "are those of log_softmax, gather and pow, and of cross_entropy and logsumexp.",
         "The floor of small logits is the autograd round trip x.sum().backward(), that of large "
         "ones torch.exp over the logits: one read, one write and the exponentials.",
     ),
