@@ -6,7 +6,7 @@ loss can go, and one read and one write of the logits, below which no large one 
 `torch.exp(x)`, whose exponentials no loss is without, on CUDA `copy_()`. FLOOR_ELEMENTS says where
 on the CPU the one gives way to the other; on CUDA the floor is the one that took longer. Before
 that fusedstep's loss and gradient are compared with torch's in float64; where they differ nothing
-is timed.
+is timed. For z-loss and focal loss, which torch has not, native is what one writes with it.
 
 On CUDA the operands, their gradients with them, rotate through more memory than the L2 cache holds;
 the share of copy bandwidth counts one read and one write of the logits, and the peak memory is what
@@ -42,6 +42,26 @@ DTYPES = {
 }
 
 CrossEntropy = Callable[..., Tensor]
+
+
+def native_z_loss(x: Tensor, y: Tensor, z_loss: float) -> Tensor:
+    return F.cross_entropy(x, y) + z_loss * torch.logsumexp(x, 1).square().mean()
+
+
+def native_focal_loss(x: Tensor, y: Tensor, gamma: float) -> Tensor:
+    log_p = F.log_softmax(x, 1).gather(1, y.unsqueeze(1))
+    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+def fused_z_loss(x: Tensor, y: Tensor, z_loss: float) -> Tensor:
+    functional = cli.require_fusedstep().functional
+    loss: Tensor = functional.cross_entropy_with_lse(x, y, z_loss=z_loss)[0]
+    return loss
+
+
+def fused_focal_loss(x: Tensor, y: Tensor, gamma: float) -> Tensor:
+    loss: Tensor = cli.require_fusedstep().functional.focal_loss(x, y, gamma)
+    return loss
 
 
 @dataclass(frozen=True)
@@ -108,6 +128,16 @@ class Case:
     label_smoothing: float = 0.0
     weighted: bool = False
     probabilities: bool = False
+    z_loss: float = 0.0
+    gamma: float = 0.0
+
+    def implementations(self, ours: CrossEntropy) -> tuple[CrossEntropy, CrossEntropy]:
+        """Native and fusedstep's, where `ours` is its cross-entropy."""
+        if self.z_loss:
+            return native_z_loss, fused_z_loss
+        if self.gamma:
+            return native_focal_loss, fused_focal_loss
+        return F.cross_entropy, ours
 
     def operands(self, dtype: torch.dtype, device: str) -> Operands:
         torch.manual_seed(0)
@@ -122,6 +152,10 @@ class Case:
         options: dict[str, Any] = {}
         if self.label_smoothing:
             options["label_smoothing"] = self.label_smoothing
+        if self.z_loss:
+            options["z_loss"] = self.z_loss
+        if self.gamma:
+            options["gamma"] = self.gamma
         if self.weighted:
             options["weight"] = torch.rand(classes, device=device).add(0.5).to(dtype)
         return Operands(x.requires_grad_(), y, options)
@@ -133,6 +167,10 @@ SHAPES = [
     Case("256x1000, label smoothing", (256, 1000), label_smoothing=0.1),
     Case("256x1000, class weights", (256, 1000), weighted=True),
     Case("256x1000, probability targets", (256, 1000), probabilities=True),
+    Case("256x1000, z-loss", (256, 1000), z_loss=1e-4),
+    Case("128x32000, z-loss", (128, 32000), z_loss=1e-4),
+    Case("256x1000, focal", (256, 1000), gamma=2.0),
+    Case("4x21x128x128, focal", (4, 21, 128, 128), gamma=2.0),
 ]
 
 
@@ -193,10 +231,11 @@ CUDA_COLUMNS: dict[str, Callable[[Row], str]] = {
 
 def check(case: Case, dtype: torch.dtype, device: str, ours: CrossEntropy) -> None:
     operands = case.operands(dtype, device)
+    native, ours = case.implementations(ours)
     for what, actual, expected in zip(
         ("the loss", "the gradient"),
         operands.loss_and_gradient(ours),
-        operands.double().loss_and_gradient(F.cross_entropy),
+        operands.double().loss_and_gradient(native),
         strict=True,
     ):
         require_exact(f"{what} of {case.name} in {dtype}", actual, expected, dtype)
@@ -219,11 +258,12 @@ def require_exact(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtyp
 def bench(case: Case, dtype_name: str, options: Options, ours: CrossEntropy) -> Row:
     dtype, on_cuda = DTYPES[dtype_name], options.device == "cuda"
     check(case, dtype, options.device, ours)
+    native, ours = case.implementations(ours)
     sets = operand_sets(case, dtype, options.device)
     pass_over = "copy" if on_cuda else "exp"
     measured = measure(
         {
-            "native": [operands.forward_backward(F.cross_entropy) for operands in sets],
+            "native": [operands.forward_backward(native) for operands in sets],
             "ours": [operands.forward_backward(ours) for operands in sets],
             "round trip": [operands.round_trip() for operands in sets],
             pass_over: [getattr(operands, pass_over)() for operands in sets],
@@ -235,7 +275,7 @@ def bench(case: Case, dtype_name: str, options: Options, ours: CrossEntropy) -> 
         floor = max("round trip", pass_over, key=lambda name: measured.time(name).median)
     else:
         floor = pass_over if math.prod(case.shape) >= FLOOR_ELEMENTS else "round trip"
-    peaks = {"native": sets[0].peak_bytes(F.cross_entropy), "ours": sets[0].peak_bytes(ours)}
+    peaks = {"native": sets[0].peak_bytes(native), "ours": sets[0].peak_bytes(ours)}
     return Row(
         case.name,
         dtype_name,

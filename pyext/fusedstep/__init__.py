@@ -1,6 +1,6 @@
 """The training step around a network, fused: loss forward, loss backward, SGD update.
 
-The losses and ``SGD`` are drop-ins for torch's classes of the same names; ``FocalLoss`` has none.
+The losses and ``SGD`` are drop-ins for torch's classes of the same names; ``FocalLoss`` is ours.
 """
 
 from fusedstep._compatibility import check_torch as _check_torch
