@@ -126,7 +126,7 @@ def focal_loss(
     `q = 1 - p`: a function of n alone, whose gradient follows from that of n by the chain rule.
 
     The scales add to those of n, carried through the function, that a power is known only as well
-    as its exponent `gamma log q`.
+    as `q`, gamma times, and as its exponent `gamma log q`.
     """
     row = cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
     counts = target != ignore_index
@@ -141,7 +141,7 @@ def focal_loss(
     value, slope = w * q**gamma * n, w * q**gamma * (1 + gamma * ratio)
     if gamma:
         curvature = w * gamma * q ** (gamma - 1) * (p * (2 + abs(gamma - 1) * ratio) + pn)
-        power = 1 + torch.where(q > 0, gamma * q.log().abs(), 0.0)
+        power = 1 + gamma * torch.where(q > 0, 1 + q.log().abs(), 1.0)
     else:
         curvature, power = torch.zeros_like(n), 1.0
     curvature = curvature.nan_to_num(0.0, posinf=1e30)

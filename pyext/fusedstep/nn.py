@@ -1,6 +1,11 @@
-"""Loss modules: subclasses of torch's own, computed by :mod:`fusedstep.functional`."""
+"""Loss modules: subclasses of torch's own, and one that torch has not.
+
+All are computed by :mod:`fusedstep.functional`.
+"""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +56,7 @@ class FocalLoss(_WeightedLoss):
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
     """
 
-    __constants__ = ["ignore_index", "gamma", "reduction"]  # noqa: RUF012 (torch's convention)
+    __constants__: ClassVar[list[str]] = ["ignore_index", "gamma", "reduction"]
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def logits(device: str, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def cross_entropy(x: Tensor) -> None:
-    """Every kind of target, without gradient and with each way that backward takes."""
+    """Every kind of target, without gradient and with each way that backward takes, and the losses
+    that are made of the same sums."""
     classes = x.shape[1]
     positions = (x.shape[0], *x.shape[2:])
     indices = torch.randint(classes, positions).to(x.device)
@@ -47,6 +49,16 @@ def cross_entropy(x: Tensor) -> None:
             loss = F.cross_entropy(leaf, target, weight, None, -100, None, reduction, smoothing)
             loss.backward(torch.ones_like(loss), retain_graph=True)
             loss.backward(torch.full_like(loss, 2.5))
+    for loss_of in (F.focal_loss, z_loss):
+        for reduction in ("mean", "none"):
+            leaf = x.detach().requires_grad_()
+            loss = loss_of(leaf, indices, weight=weight, reduction=reduction)
+            loss.backward(torch.full_like(loss, 2.5))
+
+
+def z_loss(x: Tensor, target: Tensor, **options: Any) -> Tensor:
+    """With the log-sum-exps thrown away."""
+    return F.cross_entropy_with_lse(x, target, z_loss=0.1, **options)[0]
 
 
 def pointwise_losses(device: str, dtype: torch.dtype) -> None:
