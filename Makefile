@@ -45,13 +45,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder] [SECONDS=60]'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 build: $(BUILT)  ## build the extension into .venv, in place
 
 train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" lists the options)
 	$(BIN)/python benchmarks/train_cnn.py $(ARGS)
-
 
 train-ddp: $(BUILT)  ## the same on two processes, with DistributedDataParallel
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/train_ddp.py $(ARGS)
@@ -61,7 +60,6 @@ bench: $(BUILT)  ## benchmark and report in build/bench, in minutes (ARGS="--hel
 
 readme: $(BUILT)  ## rewrite README.md's measured parts from benchmarks/results
 	$(BIN)/python benchmarks/run.py --readme
-
 
 test: $(BUILT)  ## run the test suite (ARGS="tests/test_sgd.py -k momentum" for a part of it)
 ifeq ($(strip $(ARGS)),)

@@ -9,6 +9,9 @@ the floor is the one that took longer. Before that
 everyone's loss and gradient are compared with torch's in float64; who differs is not timed.
 
 On CUDA the operands, their gradients with them, rotate through more memory than the L2 cache holds.
+
+Torch has no focal loss and no z-loss: its part there is what one writes of its operators, which in
+float64 is the reference.
 """
 
 import math
@@ -16,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -28,7 +32,7 @@ import driver
 import launches
 import suite
 from correctness import require_close, require_close_in_norm
-from peers import LOSSES, TOLERANCE, Unmeasured
+from peers import LOSSES, TOLERANCE, Unmeasured, compiled
 from suite import LARGE_COPY, OURS, Calls, Row, Session, Work, large_copy
 from timing import Call, buffer_sets
 
@@ -44,6 +48,28 @@ DTYPES = {
 }
 
 CrossEntropy = Callable[..., Tensor]
+
+GAMMA = 2.0
+Z_LOSS = 1e-4
+
+
+def focal_loss(x: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
+    log_p = x.log_softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
+    losses = -((1 - log_p.exp()) ** GAMMA) * log_p
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def z_loss(x: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
+    squares = Z_LOSS * x.logsumexp(1).square()
+    added = squares.mean() if reduction == "mean" else squares.sum()
+    return F.cross_entropy(x, y, reduction=reduction) + added
+
+
+NATIVE: dict[str, CrossEntropy] = {
+    "cross_entropy": F.cross_entropy,
+    "focal_loss": focal_loss,
+    "z_loss": z_loss,
+}
 
 
 @dataclass(frozen=True)
@@ -100,6 +126,7 @@ class Case(suite.Comparison):
     label_smoothing: float = 0.0
     weighted: bool = False
     probabilities: bool = False
+    loss: str = "cross_entropy"
 
     def __str__(self) -> str:
         return self.name
@@ -128,11 +155,18 @@ class Case(suite.Comparison):
         copies = buffer_sets(first.x.nbytes, device)
         return [first, *(self.operands(device) for _ in range(copies - 1))]
 
+    def ours(self, functional: ModuleType) -> CrossEntropy:
+        if self.loss == "z_loss":
+            with_lse = partial(functional.cross_entropy_with_lse, z_loss=Z_LOSS)
+            return lambda x, y: with_lse(x, y)[0]
+        function: CrossEntropy = getattr(functional, self.loss)
+        return function
+
     def work(self, session: Session) -> Work:
         sets = self.operand_sets(session.device)
 
         def ours() -> Calls:
-            function = session.fusedstep.functional.cross_entropy
+            function = self.ours(session.fusedstep.functional)
             self.check(OURS, function, sets[0])
             return [operands.forward_backward(function) for operands in sets]
 
@@ -142,7 +176,11 @@ class Case(suite.Comparison):
                 raise Unmeasured("not covered")
             if other.compiles:
                 session.require_time_to_compile()
-            function = other.load()
+            if self.loss == "cross_entropy":
+                function = other.load()
+            else:
+                native = NATIVE[self.loss]
+                function = compiled(native) if other.compiles else native
             self.check(name, function, sets[0])
             own = self.operand_sets(session.device) if other.overwrites_logits else sets
             return [operands.forward_backward(function) for operands in own]
@@ -158,7 +196,7 @@ class Case(suite.Comparison):
     @property
     def is_plain_matrix(self) -> bool:
         return len(self.shape) == 2 and self == replace(
-            self, label_smoothing=0.0, weighted=False, probabilities=False
+            self, label_smoothing=0.0, weighted=False, probabilities=False, loss="cross_entropy"
         )
 
     @property
@@ -180,16 +218,16 @@ class Case(suite.Comparison):
         for x_part, y_part, actual in parts:
             x_part = x_part.double().requires_grad_()
             y_part = y_part.double() if self.probabilities else y_part
-            share = F.cross_entropy(x_part, y_part, reduction="sum", **options) / divisor
+            share = NATIVE[self.loss](x_part, y_part, reduction="sum", **options) / divisor
             (expected,) = torch.autograd.grad(share, x_part)
             require(f"the gradient of {self} by {name}", actual, expected, dtype, name == OURS)
             total += share.detach()
         require(f"the loss of {self} by {name}", loss, total, dtype, name == OURS)
 
     def looked_into(self, row: Row, session: Session) -> Row:
-        ours = session.fusedstep.functional.cross_entropy
+        ours = self.ours(session.fusedstep.functional)
         operands = self.operands(session.device)
-        parts = halves(OURS, ours, operands) | halves("native", F.cross_entropy, operands)
+        parts = halves(OURS, ours, operands) | halves("native", NATIVE[self.loss], operands)
         return replace(
             row,
             launched=launches.count(parts, session.device),
@@ -244,6 +282,10 @@ SHAPES = [
     Case("256x1000, label smoothing", (256, 1000), label_smoothing=0.1),
     Case("256x1000, class weights", (256, 1000), weighted=True),
     Case("256x1000, probability targets", (256, 1000), probabilities=True),
+    Case("256x1000, focal loss", (256, 1000), loss="focal_loss"),
+    Case("4x21x128x128, focal loss", (4, 21, 128, 128), loss="focal_loss"),
+    Case("256x1000, z-loss", (256, 1000), loss="z_loss"),
+    Case("128x32000, z-loss", (128, 32000), loss="z_loss"),
 ]
 
 
@@ -266,7 +308,7 @@ class Options(cli.BenchmarkOptions):
     """Time cross-entropy forward and backward, fusedstep against torch."""
 
     sizes: Annotated[str, Option(help="Batch x classes, comma-separated.")] = SIZES
-    shapes: Annotated[bool, Option(help="Also time images, weights, soft targets.")] = True
+    shapes: Annotated[bool, Option(help="Also time images, weights, other losses.")] = True
     dtypes: Annotated[str, Option(help=f"Of {', '.join(DTYPES)}.")] = "float32"
 
     @property

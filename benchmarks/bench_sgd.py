@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -114,6 +115,22 @@ class Case(suite.Comparison):
     def floats(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
+    @property
+    def bytes_moved(self) -> int:
+        return self.floats * MODES[self.mode].floats_moved * self.torch_dtype.itemsize
+
+    @property
+    def tolerance(self) -> float:
+        """Of the norm of a 16-bit parameter that is rounded by every step."""
+        return 1.5 * torch.finfo(self.torch_dtype).eps
+
+    def ours(self, fusedstep: ModuleType) -> Optimizer:
+        optimizer: Optimizer = fusedstep.SGD
+        return optimizer
+
+    def other(self, name: str) -> Optimizer:
+        return OPTIMIZERS[name].load()
+
     def work(self, session: Session) -> Work:
         mode, device, dtype = MODES[self.mode], session.device, self.torch_dtype
         copies = buffer_sets(self.floats * dtype.itemsize, device)
@@ -124,34 +141,35 @@ class Case(suite.Comparison):
             return [make(parameters, lr=LR, **mode.settings).step for parameters in sets[:places]]
 
         def others(name: str) -> Calls:
-            other = OPTIMIZERS[name]
-            if not other.compiles:
-                return steps(name, other.load())
+            if not OPTIMIZERS[name].compiles:
+                return steps(name, self.other(name))
             if len(self.shapes) > MOST_COMPILED:
                 raise Unmeasured("not tried: hundreds of tensors take minutes to compile")
             session.require_time_to_compile()
-            return steps(name, other.load(), 1)  # each optimizer would be compiled anew
+            return steps(name, self.other(name), 1)  # each optimizer would be compiled anew
 
         def add() -> Calls:
-            flat = torch.randn(2, self.floats * mode.floats_moved // 3).to(dtype)
+            flat = torch.randn(2, self.bytes_moved // (3 * torch.float32.itemsize))
             return [partial(Tensor.add_, *flat)]
 
         return Work(
             DEFAULT_OPTIMIZER[device],
-            {OURS: partial(steps, OURS, session.fusedstep.SGD)}
+            {OURS: partial(steps, OURS, self.ours(session.fusedstep))}
             | {name: partial(others, name) for name in OPTIMIZERS},
             {LARGE_COPY: large_copy(device)} if device == "cuda" else {"add_": add()},
-            bytes_moved=self.floats * mode.floats_moved * dtype.itemsize,
+            bytes_moved=self.bytes_moved,
         )
 
     def parameters(self, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
-        """Random ones with random gradients, the same at every call on one device."""
+        """Random ones with random gradients, in any `dtype` the same values of the case's own."""
         torch.manual_seed(0)
-        parameters = [
-            nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in self.shapes
-        ]
+
+        def random(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, device=device).to(self.torch_dtype).to(dtype)
+
+        parameters = [nn.Parameter(random(shape)) for shape in self.shapes]
         for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, device=device).to(dtype)
+            parameter.grad = random(parameter.shape)
         return parameters
 
     def optimizer(self, make: Optimizer, dtype: torch.dtype, device: str, **settings: Any) -> SGD:
@@ -170,9 +188,8 @@ class Case(suite.Comparison):
             what = f"a parameter of {self} in {dtype} after three steps by {name}"
             if dtype == torch.float32:
                 require_close(what, parameter.detach(), reference.detach(), rtol=1e-6, atol=4e-6)
-            else:  # rounded at the start and by every step
-                tolerance = 1.5 * torch.finfo(dtype).eps
-                require_close_in_norm(what, parameter.detach(), reference.detach(), tolerance)
+            else:
+                require_close_in_norm(what, parameter.detach(), reference.detach(), self.tolerance)
 
     def shrunk(self) -> "Case":
         """With fewer floats where a copy in float64 would not fit beside what is measured."""
@@ -183,8 +200,9 @@ class Case(suite.Comparison):
 
     def looked_into(self, row: Row, session: Session) -> Row:
         device, dtype = session.device, self.torch_dtype
-        makes: dict[str, Optimizer] = {OURS: session.fusedstep.SGD} | {
-            name: other.load()
+        ours = self.ours(session.fusedstep)
+        makes: dict[str, Optimizer] = {OURS: ours} | {
+            name: self.other(name)
             for name, other in OPTIMIZERS.items()
             if other.package == "torch" and not other.compiles
         }
@@ -194,10 +212,10 @@ class Case(suite.Comparison):
         return replace(
             row,
             launched=launches.count(steps, device),
-            replayed=self.is_replayed(session.fusedstep.SGD, device),
+            replayed=self.is_replayed(ours, device),
         )
 
-    def is_replayed(self, ours: Optimizer, device: str) -> bool:
+    def is_replayed(self, ours: Optimizer, device: str) -> bool | None:
         """Whether a captured CUDA graph, replayed, gives the bits of an eager step."""
         captured, eager = (self.optimizer(ours, self.torch_dtype, device) for _ in range(2))
         for optimizer in (captured, eager):

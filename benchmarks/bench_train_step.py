@@ -148,6 +148,7 @@ QUICK_MODELS = "cifar,lenet,resnet18,transformer"
 class Case(suite.Comparison):
     operation: ClassVar = "train_step"
     seconds: ClassVar = 8.0
+    implementations: ClassVar = IMPLEMENTATIONS
     model: str
     batch_size: int
     mode: str
@@ -164,14 +165,14 @@ class Case(suite.Comparison):
         return model, inputs, labels.to(device)
 
     def trainer(self, name: str, model: nn.Module) -> Trainer:
-        return Trainer(IMPLEMENTATIONS[name](), model, lr=LR, momentum=MOMENTA[self.mode])
+        return Trainer(self.implementations[name](), model, lr=LR, momentum=MOMENTA[self.mode])
 
     def work(self, session: Session) -> Work:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the default: 10 bits
             self.check(session.device)
         model, inputs, labels = self.start(session.device, torch.float32)
 
-        trainers = {name: self.trainer(name, copy.deepcopy(model)) for name in IMPLEMENTATIONS}
+        trainers = {name: self.trainer(name, copy.deepcopy(model)) for name in self.implementations}
 
         def step(name: str) -> Calls:
             return [partial(trainers[name].step, inputs, labels)]
@@ -182,7 +183,7 @@ class Case(suite.Comparison):
 
         return Work(
             "native",
-            {name: partial(step, name) for name in IMPLEMENTATIONS},
+            {name: partial(step, name) for name in self.implementations},
             {NETWORK_ALONE: [network_alone(copy.deepcopy(model), inputs)]},
             release=release,
         )
@@ -198,7 +199,7 @@ class Case(suite.Comparison):
         expected = self.movements("native", device, torch.float64)
         whole = torch.stack([moved.norm() for moved in expected]).norm().item()
         natives = self.movements("native", device, torch.float32)
-        for name in IMPLEMENTATIONS:
+        for name in self.implementations:
             moved = natives if name == "native" else self.movements(name, device, torch.float32)
             for index, parts in enumerate(zip(moved, natives, expected, strict=True)):
                 actual, by_native, reference = parts

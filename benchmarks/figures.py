@@ -55,6 +55,7 @@ FLOOR_STYLE = (GREY, "|")
 
 COLUMNS = 3
 ROW_HEIGHT = 0.3
+FEW = 50  # so much between an axis's ends, and it has ticks between the powers of ten
 seconds = EngFormatter(unit="s", places=0)
 
 
@@ -176,7 +177,11 @@ def lines(name: str, title: str, plots: Mapping[str, Sequence[Row]]) -> Plot:
         axes.set(xscale="log", yscale="log")
         if rows[0].point:
             axes.set_xlabel(rows[0].point.axis)
-        axes.yaxis.set_major_formatter(seconds)
+        for axis, format_tick in ((axes.xaxis, EngFormatter(sep="")), (axes.yaxis, seconds)):
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < FEW * low else (1,)))
+            axis.set_major_formatter(format_tick)
+            axis.set_minor_formatter(NullFormatter())
 
     return panels(name, title, plots, draw, "time of a call")
 
@@ -247,7 +252,7 @@ def panels(
     height = -(-len(plots) // columns)
     size = (0.4 + 3.3 * columns, 0.5 + 2.8 * height)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(height, columns, squeeze=False).flat
+    grid = figure.subplots(height, columns, squeeze=False).ravel()
     handles: dict[str, Artist] = {}
     for axes, (panel, rows) in zip(grid, plots.items(), strict=False):
         draw(axes, rows)

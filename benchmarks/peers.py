@@ -167,15 +167,19 @@ OPTIMIZERS = {
     "apex": Other(apex_sgd, "apex"),
     "TransformerEngine": Other(transformer_engine_sgd, "transformer-engine"),
 }
+# fusedstep's optimizer in a training loop without its options.
+WITHOUT_OPTIONS = {
+    "step()": Other(lambda: importlib.import_module("fusedstep").SGD, "fusedstep"),
+}
 DEFAULT_OPTIMIZER = {"cpu": "for-loop", "cuda": "foreach"}
-ALL = {**LOSSES, **LINEAR_LOSSES, **OPTIMIZERS}
+ALL = {**LOSSES, **LINEAR_LOSSES, **OPTIMIZERS, **WITHOUT_OPTIONS}
 
 
 def load(others: Mapping[str, Other], device: str) -> dict[str, str]:
     """Of each, its package's version, or why it is absent."""
     found = {}
     for name, other in others.items():
-        if other.package != "torch" and device != "cuda":
+        if other.package not in ("torch", "fusedstep") and device != "cuda":
             found[name] = "absent: it needs CUDA"
             continue
         try:

@@ -20,6 +20,7 @@ import bench_linear_cross_entropy
 import bench_pointwise_loss
 import bench_scaling
 import bench_sgd
+import bench_sgd_options
 import bench_train_step
 import cli
 import compare
@@ -38,6 +39,7 @@ OPERATIONS = (
     "pointwise_loss",
     "linear_cross_entropy",
     "sgd",
+    "sgd_options",
     "train_step",
     "scaling",
     "threads",
@@ -108,6 +110,10 @@ class Options(cli.BenchmarkOptions):
         if operation == "sgd":
             sets = {} if self.sets is None else {"sets": self.sets}
             return of(bench_sgd.Options, dtypes=self.dtypes, **sets)
+        if operation == "sgd_options":
+            given = {"sets": self.sets, "models": self.models}
+            chosen = {name: value for name, value in given.items() if value is not None}
+            return of(bench_sgd_options.Options, **chosen)
         if operation == "train_step":
             return of(bench_train_step.Options, models=self.models, batch_sizes=self.batch_sizes)
         axes = ["threads"] if operation == "threads" else bench_scaling.SIZE_AXES

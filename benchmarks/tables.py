@@ -24,6 +24,7 @@ LABELS = {
     "foreach": "torch, foreach",
     "fused": "torch, fused",
     "apex": "apex",
+    "step()": "fusedstep, step()",
     "network alone": "network alone",
 }
 
@@ -45,7 +46,8 @@ OPERATIONS = {
     "cross_entropy": Operation(
         "Cross-entropy, forward and backward",
         "One call is loss = f(logits, target); loss.backward(). Sizes are batch × classes, or "
-        "batch × classes × height × width.",
+        "batch × classes × height × width. Torch has no focal loss and no z-loss: its times there "
+        "are those of log_softmax, gather and pow, and of cross_entropy and logsumexp.",
         "The floor of small logits is the autograd round trip x.sum().backward(), that of large "
         "ones torch.exp over the logits: one read, one write and the exponentials.",
     ),
@@ -73,6 +75,21 @@ OPERATIONS = {
         "zero_grad, forward, loss, backward and update on one batch. torch stands for torch's "
         "defaults; torch, fused for its loss with SGD(fused=True). torch.compile of the network is "
         "left out: it would speed up everyone's network alike.",
+        "The floor is the network alone: no loss, no update.",
+    ),
+    "sgd_options": Operation(
+        "A step of SGD on bfloat16 parameters",
+        "One call is optimizer.step(). With master_weights the others do by hand what the option "
+        "does: gradients are cast to float32, float32 copies of the parameters are updated and "
+        "cast back. With stochastic_rounding they round bfloat16 parameters to nearest.",
+        "The floors are one flat add_ (on CUDA copy_) that moves as many bytes and, of stochastic "
+        "rounding, fusedstep's own step that rounds to nearest.",
+    ),
+    "in_backward": Operation(
+        "Training steps that update in backward",
+        "zero_grad, forward, loss, backward and step on one batch. fusedstep's backward updates "
+        "each parameter as soon as its gradient is complete, so that all gradients are never held "
+        "at once: see the peak of memory. step() is fusedstep without this option.",
         "The floor is the network alone: no loss, no update.",
     ),
 }

@@ -53,7 +53,7 @@ private:
 // The result of a loss, or None where torch's own function has to run.
 template <class Loss>
 py::object without_gil(Loss loss) {
-    std::optional<at::Tensor> result;
+    decltype(loss()) result;
     {
         py::gil_scoped_release release;
         result = loss();
@@ -70,6 +70,29 @@ py::object cross_entropy(py::handle input, py::handle target, py::handle weight,
         return fusedstep::cross_entropy::cross_entropy(tensors.required(0), tensors.required(1),
                                                        tensors.optional(2), reduction, ignore_index,
                                                        label_smoothing);
+    });
+}
+
+py::object cross_entropy_with_lse(py::handle input, py::handle target, py::handle weight,
+                                  std::int64_t reduction, std::int64_t ignore_index,
+                                  double label_smoothing, double z_loss) {
+    PlainTensors const tensors({input, target}, {weight});
+    if (!tensors) return py::none();
+    return without_gil([&] {
+        return fusedstep::cross_entropy::cross_entropy_with_lse(
+            tensors.required(0), tensors.required(1), tensors.optional(2), reduction, ignore_index,
+            label_smoothing, z_loss);
+    });
+}
+
+py::object focal_loss(py::handle input, py::handle target, double gamma, py::handle weight,
+                      std::int64_t reduction, std::int64_t ignore_index) {
+    PlainTensors const tensors({input, target}, {weight});
+    if (!tensors) return py::none();
+    return without_gil([&] {
+        return fusedstep::cross_entropy::focal_loss(tensors.required(0), tensors.required(1),
+                                                    tensors.optional(2), reduction, ignore_index,
+                                                    gamma);
     });
 }
 
@@ -110,6 +133,8 @@ void register_node_type(const std::type_info& node, const char* name) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "fusedstep's compiled core.";
     m.def("cross_entropy", torch::wrap_pybind_function(&cross_entropy));
+    m.def("cross_entropy_with_lse", torch::wrap_pybind_function(&cross_entropy_with_lse));
+    m.def("focal_loss", torch::wrap_pybind_function(&focal_loss));
     m.def("pointwise_loss", torch::wrap_pybind_function(&pointwise_loss));
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
     py::class_<Rounding>(m, "Rounding")

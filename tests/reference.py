@@ -39,12 +39,14 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     grad_output: Tensor | float = 1.0,
 ) -> CrossEntropy:
-    """Each row's loss is `-sum_c w_c q_c log p_c`, p the softmax, q the smoothed target.
+    """Each row's loss is `-sum_c w_c q_c log p_c + z r lse^2`: p is the softmax, q the smoothed
+    target, lse the logarithm of the sum of exponentials, z the factor of the z-loss.
 
-    An ignored row has no loss and no gradient. The mean divides by the weights of the targets of
-    the rows that count (class indices) or by the number of rows (class probabilities).
+    An ignored row has no loss and no gradient. The mean divides by the sum of the rows' r: the
+    weight of the target of a row that counts (class indices), or 1 (class probabilities).
     """
     class_dim = 0 if logits.dim() == 1 else 1
     is_probability = target.shape == logits.shape
@@ -62,13 +64,14 @@ def cross_entropy(
     if is_probability:
         counts = torch.ones_like(x[:, 0], dtype=torch.bool)
         hard = as_rows(target)
-        denominator: float | Tensor = float(len(x))
+        r = torch.ones_like(x[:, 0])
     else:
         index = target.detach().reshape(-1).long()
         counts = index != ignore_index
         index = torch.where(counts, index, 0)
         hard = torch.zeros_like(x).scatter_(1, index[:, None], 1.0)
-        denominator = (w.expand_as(x).gather(1, index[:, None])[:, 0] * counts).sum()
+        r = w.expand_as(x).gather(1, index[:, None])[:, 0] * counts
+    denominator = r.sum()
     wq = w * (hard * (1 - label_smoothing) + label_smoothing / classes) * counts[:, None]
 
     shifted = x - x.amax(1, keepdim=True)
@@ -78,6 +81,14 @@ def cross_entropy(
 
     row_loss = torch.where(wq == 0, 0.0, wq * -log_p).sum(1)
     row_scale = torch.where(wq == 0, 0.0, wq.abs() * (shifted.abs() + log_sum + 1)).sum(1)
+    if z_loss:
+        lse = x.logsumexp(1)
+        row_loss = row_loss + torch.where(counts, z_loss * r * lse.square(), 0.0)
+        terms = x.abs().amax(1) + log_sum[:, 0] + 1
+        row_scale = row_scale + torch.where(counts, z_loss * r * terms.square(), 0.0)
+    else:
+        lse = terms = torch.zeros_like(r)
+    from_lse = (2 * z_loss * r * lse)[:, None]
 
     reduced = {"none": lambda rows: rows.reshape(rows_shape), "sum": torch.sum}
     reduced["mean"] = lambda rows: rows.sum() / denominator
@@ -87,8 +98,9 @@ def cross_entropy(
         g = g / denominator
 
     ignored = ~counts[:, None]
-    grad = (g * (p * wq.sum(1, keepdim=True) - wq)).masked_fill(ignored, 0.0)
-    p_scale = p * (1 + shifted.abs().clamp(max=1e3)) * wq.abs().sum(1, keepdim=True)
+    grad = (g * (p * (wq.sum(1, keepdim=True) + from_lse) - wq)).masked_fill(ignored, 0.0)
+    coefficient = wq.abs().sum(1, keepdim=True) + (2 * z_loss * r * terms)[:, None]
+    p_scale = p * (1 + shifted.abs().clamp(max=1e3)) * coefficient
     grad_scale = (g * (p_scale + wq.abs())).abs().masked_fill(ignored, 0.0)
     target_grad = as_given(-g * w * (1 - label_smoothing) * log_p) if is_probability else None
     return CrossEntropy(
@@ -97,6 +109,60 @@ def cross_entropy(
         as_given(grad),
         as_given(grad_scale),
         target_grad,
+    )
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gamma: float = 2.0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    grad_output: Tensor | float = 1.0,
+) -> CrossEntropy:
+    """Each row's loss is `w q^gamma n`, with `n = -log p` the cross-entropy of its class and
+    `q = 1 - p`: a function of n alone, whose gradient follows from that of n by the chain rule.
+
+    The scales add to those of n, carried through the function, that a power is known only as well
+    as its exponent `gamma log q`.
+    """
+    row = cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+    counts = target != ignore_index
+    n, n_scale = row.loss, row.loss_scale
+    w = torch.ones_like(n)
+    if weight is not None:
+        w = weight.detach().double()[torch.where(counts, target, 0).long()]
+    w = w * counts
+    p, q = (-n).exp(), -(-n).expm1()
+    pn = torch.where(p == 0, 0.0, p * n)  # zero where n is infinite
+    ratio = torch.where(q == 0, 1.0, pn / q)
+    value, slope = w * q**gamma * n, w * q**gamma * (1 + gamma * ratio)
+    if gamma:
+        curvature = w * gamma * q ** (gamma - 1) * (p * (2 + abs(gamma - 1) * ratio) + pn)
+        power = 1 + torch.where(q > 0, gamma * q.log().abs(), 0.0)
+    else:
+        curvature, power = torch.zeros_like(n), 1.0
+    curvature = curvature.nan_to_num(0.0, posinf=1e30)
+
+    divisor = w.sum() if reduction == "mean" else 1.0
+    g = torch.as_tensor(grad_output, dtype=torch.float64, device=n.device).expand_as(n) / divisor
+    class_dim = 0 if logits.dim() == 1 else 1
+    g, along = g.unsqueeze(class_dim), slope.unsqueeze(class_dim)
+    bend, power_scale = curvature * n_scale, slope * power
+    grad_scale = along * row.grad_scale
+    grad_scale = grad_scale + (bend + power_scale).unsqueeze(class_dim) * row.grad.abs()
+
+    def reduced(rows: Tensor) -> Tensor:
+        return rows if reduction == "none" else rows.sum() / divisor
+
+    return CrossEntropy(
+        reduced(value),
+        reduced(slope * n_scale + value * power),
+        g * along * row.grad,
+        g.abs() * grad_scale,
+        None,
     )
 
 

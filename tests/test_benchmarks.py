@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import subprocess
 import sys
 import types
@@ -23,6 +24,7 @@ import bench_linear_cross_entropy
 import bench_pointwise_loss
 import bench_scaling
 import bench_sgd
+import bench_sgd_options
 import bench_train_step
 import cli
 import compare
@@ -59,6 +61,7 @@ SCRIPTS = {
     "bench_pointwise_loss": (bench_pointwise_loss.Options, driver.main),
     "bench_scaling": (bench_scaling.Options, driver.main),
     "bench_sgd": (bench_sgd.Options, driver.main),
+    "bench_sgd_options": (bench_sgd_options.Options, driver.main),
     "bench_train_step": (bench_train_step.Options, driver.main),
     "gpu_check": (gpu_check.Options, gpu_check.main),
     "run": (run_all.Options, run_all.main),
@@ -70,6 +73,7 @@ TINY = {
     "bench_linear_cross_entropy": "--sizes 3x4x5,2x3x7",
     "bench_pointwise_loss": "--sizes 7,3x5 --losses mse_loss",
     "bench_sgd": "--sets lenet --modes plain,momentum",
+    "bench_sgd_options": "--options master_weights,in_backward --sets lenet --models lenet",
     "bench_train_step": "--models lenet --batch-sizes 1,2 --modes plain --no-curves",
 }
 TINY_CHECK = "--device cpu --quick --sizes 3x5,2x3x4 --sets lenet --against native,quack,fused"
@@ -133,6 +137,7 @@ def refusal(script: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> 
         ("bench_pointwise_loss", "--dtypes int8", "int8"),
         ("bench_sgd", "--sets vgg", "vgg"),
         ("bench_sgd", "--modes adam", "adam"),
+        ("bench_sgd_options", "--options fused", "fused"),
         ("bench_train_step", "--models vgg", "vgg"),
         ("bench_train_step", "--batch-sizes 1,-4", "1,-4"),
         ("bench_linear_cross_entropy", "--sizes 64x10", "64x10"),
@@ -621,6 +626,35 @@ def test_every_shape_is_measured(case: bench_cross_entropy.Case, session: suite.
     assert row.others == ["native"]
 
 
+@pytest.mark.usefixtures("short_blocks", "small_copy")
+def test_stochastic_rounding_is_held_against_rounding_to_nearest(session: suite.Session) -> None:
+    shapes = [(1000,), (7,)]
+    case = bench_sgd_options.Rounding(
+        "", shapes, "momentum", "stochastic_rounding", dtype="bfloat16"
+    )
+    row = case.measured(session)
+    assert bench_sgd_options.NEAREST in row.floors and row.bytes_moved == 10 * 1007
+    assert {"for-loop", "foreach"} <= set(row.others)
+
+
+def test_a_step_by_hand_keeps_what_rounding_would_drop() -> None:
+    parameter = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
+    optimizer = bench_sgd_options.on_float32_copies(torch.optim.SGD, [parameter], lr=0.1)
+    for _ in range(64):
+        parameter.grad = torch.full_like(parameter, 2**-7)  # moves it by less than half an ulp
+        optimizer.step()
+    assert torch.equal(parameter.detach(), torch.full((100,), 1 - 6.4 * 2**-7).bfloat16())
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_an_update_in_backward_holds_fewer_gradients(session: suite.Session) -> None:
+    row = bench_sgd_options.InBackward("lenet", 1, "momentum").measured(session)
+    gradients = 4 * 81_194
+    assert gradients < row.peak_bytes["step()"]
+    assert row.peak_bytes[OURS] < row.peak_bytes["step()"] - gradients / 10
+    assert row.others == ["native", "step()"]
+
+
 @pytest.mark.parametrize(("size", "floor"), [("255x1000", "round trip"), ("256x1000", "exp")])
 def test_the_floor_follows_the_size(size: str, floor: str) -> None:
     assert bench_cross_entropy.sized(size).cpu_floor == floor
@@ -697,6 +731,8 @@ def slightly_wrong_loss(
 
 class SlightlyWrongSGD(torch.optim.SGD):
     def __init__(self, parameters: Any, lr: float, **settings: Any) -> None:
+        for option in bench_sgd_options.OPTIONS:
+            settings.pop(option, None)
         super().__init__(parameters, lr=lr * 1.01, **settings)
 
 
@@ -1228,6 +1264,12 @@ def test_a_transformer_does_not_look_ahead() -> None:
 
 
 # The README
+
+
+def test_the_readme_has_the_figures_of_committed_results() -> None:
+    text = readme.README.read_text()
+    assert set(re.findall(r"<!-- measured: (\w+) from", text)) == set(readme.PARTS)
+    assert readme.rendered(text) == text, "`make readme` rewrites its tables"
 
 
 def test_a_part_of_the_readme_is_written_between_its_marks(

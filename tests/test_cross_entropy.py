@@ -1,4 +1,4 @@
-"""CrossEntropyLoss and functional.cross_entropy against a float64 reference and against torch."""
+"""The cross-entropy family against float64 references and against torch, all from one table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import pickle
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,97 @@ def no_target_fault_is_left() -> Iterator[None]:
     F.check_targets()
 
 
+# ------------------------------------------------------------------ the table of losses
+
+Function = Callable[..., Tensor]
+
+
+def row_weights(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What each row adds to the divisor of a mean."""
+    if target.is_floating_point():
+        return torch.ones_like(target.select(min(logits.dim() - 1, 1), 0))
+    counts = target != ignore_index
+    weight = logits.new_ones(max(logits.shape)) if weight is None else weight
+    return weight[torch.where(counts, target, 0).long()] * counts
+
+
+def reduced(rows: Tensor, weights: Tensor, reduction: str) -> Tensor:
+    if reduction == "mean":
+        return rows.sum() / weights.sum()
+    return rows if reduction == "none" else rows.sum()
+
+
+def torch_z_loss(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, z_loss: float, **options: Any
+) -> Tensor:
+    """Cross-entropy plus z-loss, as one writes it with torch."""
+    weights = row_weights(input, target, weight, options["ignore_index"])
+    rows = z_loss * weights * input.logsumexp(min(input.dim() - 1, 1)).square()
+    rows = torch.where(weights == 0, 0.0, rows)
+    loss = native.cross_entropy(input, target, weight, **options)
+    return loss + reduced(rows, weights, options["reduction"])
+
+
+def torch_focal_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    gamma: float,
+    reduction: str,
+    ignore_index: int,
+) -> Tensor:
+    """Focal loss, as one writes it with torch."""
+    minus_log_p = native.cross_entropy(input, target, reduction="none", ignore_index=ignore_index)
+    weights = row_weights(input, target, weight, ignore_index)
+    q = -torch.expm1(-minus_log_p)
+    is_some = q > 0
+    power = torch.where(is_some, torch.where(is_some, q, 1.0) ** gamma, 0.0)
+    return reduced(weights * power * minus_log_p, weights, reduction)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of the family: ours, the same of torch's operators, and the reference."""
+
+    ours: Function
+    native: Function
+    reference: Callable[..., reference.CrossEntropy]
+    operator: str  # and which options it takes behind the reduction and ignore_index
+    operator_options: tuple[str, ...] = ()
+    options: Mapping[str, float] = field(default_factory=dict)
+    indices_only: bool = False  # and no label smoothing
+
+
+LOSSES = {
+    "cross_entropy": Loss(
+        F.cross_entropy,
+        native.cross_entropy,
+        reference.cross_entropy,
+        "cross_entropy",
+        ("label_smoothing",),
+    ),
+    "z_loss": Loss(
+        lambda *args, **options: F.cross_entropy_with_lse(*args, **options)[0],
+        torch_z_loss,
+        reference.cross_entropy,
+        "cross_entropy_with_lse",
+        ("label_smoothing", "z_loss"),
+        {"z_loss": 0.02},
+    ),
+    "focal_loss": Loss(
+        F.focal_loss,
+        torch_focal_loss,
+        reference.focal_loss,
+        "focal_loss",
+        ("gamma",),
+        {"gamma": 1.7},
+        indices_only=True,
+    ),
+}
+OTHERS = tuple(name for name in LOSSES if name != "cross_entropy")
+
+
 # ------------------------------------------------------------------ inputs
 
 
@@ -75,12 +166,13 @@ class Case:
     layout: str = "contiguous"
     target_layout: str = "contiguous"
     grad_output: str = "random"
+    loss: str = "cross_entropy"
 
     def __str__(self) -> str:
         default = Case()
         differing = (
             str(value).removeprefix("torch.").replace(" ", "")
-            if name in ("dtype", "shape", "reduction", "target", "layout", "grad_output")
+            if name in ("dtype", "shape", "reduction", "target", "layout", "grad_output", "loss")
             else f"{name}={value}"
             for name, value in vars(self).items()
             if name in ("dtype", "shape", "reduction") or value != getattr(default, name)
@@ -104,9 +196,12 @@ class Case:
         return self.target in ("probabilities", "any floats")
 
     @property
-    def torch_refuses(self) -> bool:
-        """Byte targets are accepted by torch only without spatial dimensions, and never by the
-        smoothed, weighted mean; probabilities allow no ignore_index of their own."""
+    def is_refused(self) -> bool:
+        """A loss of class indices takes no others. Byte targets are accepted by torch only
+        without spatial dimensions, and never by the smoothed, weighted mean; probabilities allow
+        no ignore_index of their own."""
+        if LOSSES[self.loss].indices_only and (self.has_probabilities or self.smoothing):
+            return True
         if self.target == "uint8":
             smoothed_weighted_mean = self.smoothing and self.weighted and self.reduction == "mean"
             return len(self.shape) > 2 or bool(smoothed_weighted_mean)
@@ -149,6 +244,7 @@ class Inputs:
     weight: Tensor | None
     grad_output: Tensor
     options: dict[str, Any]
+    loss: Loss = LOSSES["cross_entropy"]
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same numbers, stored otherwise."""
@@ -162,6 +258,12 @@ class Inputs:
             cast(self.weight),
             cast(self.grad_output),
             self.options,
+            self.loss,
+        )
+
+    def expected(self) -> reference.CrossEntropy:
+        return self.loss.reference(
+            self.logits, self.target, self.weight, grad_output=self.grad_output, **self.options
         )
 
     def call(self, function: Callable[..., Tensor], logits: Tensor | None = None) -> Tensor:
@@ -215,9 +317,10 @@ def draw(case: Case, device: str) -> Inputs:
     options = {
         "ignore_index": case.ignore_index,
         "reduction": case.reduction,
-        "label_smoothing": case.smoothing,
+        **({} if LOSSES[case.loss].indices_only else {"label_smoothing": case.smoothing}),
+        **LOSSES[case.loss].options,
     }
-    return Inputs(logits, target, weight, grad_output, options)
+    return Inputs(logits, target, weight, grad_output, options, LOSSES[case.loss])
 
 
 # ------------------------------------------------------------------ the comparison
@@ -233,24 +336,18 @@ def check_inputs(inputs: Inputs, label: Any) -> None:
     strides. Torch is asked twice for 16-bit types: as it is, and in float32 on the same numbers,
     because computing in 16 bits is no standard to hold on to."""
     dtype = inputs.logits.dtype
-    expected = reference.cross_entropy(
-        inputs.logits,
-        inputs.target,
-        inputs.weight,
-        grad_output=inputs.grad_output,
-        **inputs.options,
-    )
+    expected = inputs.expected()
     tensors = [t for t in (inputs.logits, inputs.target, inputs.weight) if t is not None]
     before = [whole_storage(t).clone() for t in tensors]
-    loss, grad = inputs.loss_and_grad(F.cross_entropy)
+    loss, grad = inputs.loss_and_grad(inputs.loss.ours)
     for tensor, bytes_before in zip(tensors, before, strict=True):
         assert torch.equal(whole_storage(tensor), bytes_before), f"{label}: an input was modified"
 
     is_byte = inputs.target.dtype == torch.uint8
     peer = replace(inputs, target=inputs.target.long()) if is_byte else inputs
-    peers = [peer.loss_and_grad(native.cross_entropy)]
+    peers = [peer.loss_and_grad(inputs.loss.native)]
     if COMPUTE[dtype] != dtype:
-        peers.append(peer.to(COMPUTE[dtype]).loss_and_grad(native.cross_entropy))
+        peers.append(peer.to(COMPUTE[dtype]).loss_and_grad(inputs.loss.native))
     assert (loss.dtype, loss.shape) == (peers[0][0].dtype, peers[0][0].shape), label
     assert (grad.dtype, grad.shape) == (dtype, inputs.logits.shape), label
     assert grad.stride() == torch.empty_like(inputs.logits).stride(), label
@@ -267,29 +364,27 @@ def check_inputs(inputs: Inputs, label: Any) -> None:
 # ------------------------------------------------------------------ the reference itself
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("target", ["long", "probabilities", "any floats"])
-def test_reference_agrees_with_torch_in_float64(target: str, reduction: str) -> None:
+def test_reference_agrees_with_torch_in_float64(target: str, reduction: str, loss: str) -> None:
     for shape, weighted, smoothing in itertools.product(
         [(7,), (5, 7), (3, 7, 4), (2, 5, 2, 3, 2)], [False, True], [0.0, 0.1, 1.0]
     ):
-        inputs = draw(Case(F64, shape, reduction, weighted, smoothing, target=target), "cpu")
+        case = Case(F64, shape, reduction, weighted, smoothing, target=target, loss=loss)
+        if case.is_refused:
+            continue
+        inputs = draw(case, "cpu")
         logits = inputs.logits.clone().requires_grad_()
         target_leaf = inputs.target.clone()
         leaves = [logits]
         if target_leaf.is_floating_point():
             leaves.append(target_leaf.requires_grad_())
-        loss = replace(inputs, target=target_leaf).call(native.cross_entropy, logits)
-        grads = torch.autograd.grad(loss, leaves, inputs.grad_output)
-        ours = reference.cross_entropy(
-            inputs.logits,
-            inputs.target,
-            inputs.weight,
-            grad_output=inputs.grad_output,
-            **inputs.options,
-        )
+        value = replace(inputs, target=target_leaf).call(inputs.loss.native, logits)
+        grads = torch.autograd.grad(value, leaves, inputs.grad_output)
+        ours = inputs.expected()
         result = [ours.loss, ours.grad, ours.target_grad][: 1 + len(leaves)]
-        torch.testing.assert_close(result, [loss.detach(), *grads], rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(result, [value.detach(), *grads], rtol=1e-12, atol=1e-13)
 
 
 def test_reference_on_worked_numbers() -> None:
@@ -311,6 +406,21 @@ def test_reference_on_worked_numbers() -> None:
     assert mean.grad.tolist() == [[-0.125, 0.125], [0.375, -0.375], [0.0, 0.0]]
 
 
+def test_references_on_published_numbers() -> None:
+    """Lin et al., 2017, section 3.2: with gamma = 2 an example of p = 0.9 costs 100 times less than
+    in cross-entropy, one of p = 0.968 a thousand times less; with gamma = 0 the same."""
+    for p, factor in ((0.9, 100), (1 - 1000**-0.5, 1000)):
+        logits = torch.tensor([[math.log(p), math.log(1 - p)]], dtype=F64)
+        target = torch.tensor([0])
+        focal = reference.focal_loss(logits, target, gamma=2.0)
+        assert focal.loss.item() == pytest.approx(-math.log(p) / factor, rel=1e-12)
+        plain = reference.focal_loss(logits, target, gamma=0.0)
+        assert plain.loss.item() == pytest.approx(-math.log(p), rel=1e-12)
+    # Probabilities multiplied by e: their log-sum-exp is 1.
+    z_loss = reference.cross_entropy(logits + 1, target, z_loss=0.5)
+    assert z_loss.loss.item() == pytest.approx(-math.log(p) + 0.5, rel=1e-12)
+
+
 # ------------------------------------------------------------------ right numbers
 
 
@@ -322,34 +432,58 @@ SEMANTICS = [
         DTYPES, SHAPES, REDUCTIONS, (False, True), (0.0, 0.1), IGNORED,
         ("long", "uint8", "probabilities"),
     )
-    if not (case := Case(*axes)).torch_refuses
+    if not (case := Case(*axes)).is_refused
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", SEMANTICS, ids=str)
+def pairs(loss: str, seed: int, **axes: Sequence[Any]) -> list[Case]:
+    """Cases in which every two options meet that the loss takes."""
+    if LOSSES[loss].indices_only:
+        axes["smoothing"] = (0.0,)
+        axes["target"] = tuple(kind for kind in axes["target"] if kind in ("long", "uint8"))
+    cases = [Case(**row, loss=loss) for row in pairwise(axes, seed)]
+    return [case for case in cases if not case.is_refused]
+
+
+SEMANTICS += [
+    case
+    for seed, loss in itertools.product(range(3), OTHERS)
+    for case in pairs(
+        loss,
+        seed,
+        dtype=DTYPES,
+        shape=SHAPES,
+        reduction=REDUCTIONS,
+        weighted=(False, True),
+        smoothing=(0.0, 0.1),
+        ignore_index=IGNORED,
+        target=("long", "uint8", "probabilities"),
+    )
+]
+
+
+@pytest.mark.parametrize("case", dict.fromkeys(SEMANTICS), ids=str)
 def test_every_combination_of_options(case: Case, device: str) -> None:
     check(case, device)
 
 
 MEMORY = [
     case
-    for seed in range(3)
-    for row in pairwise(
-        {
-            "dtype": DTYPES,
-            "shape": [(19,), (6, 19), (3, 19, 18), (2, 21, 5, 17), (2, 5, 3, 4, 9)],
-            "reduction": REDUCTIONS,
-            "weighted": (False, True),
-            "smoothing": (0.0, 0.1, 1.0),
-            "ignore_index": IGNORED,
-            "target": ("long", "uint8", "probabilities", "any floats"),
-            "layout": tuple(LAYOUTS),
-            "target_layout": tuple(LAYOUTS),
-            "grad_output": ("random", "zero", "negative", "expanded", "strided"),
-        },
+    for seed, loss in ((0, "cross_entropy"), (1, "cross_entropy"), *enumerate(LOSSES, 2))
+    for case in pairs(
+        loss,
         seed,
+        dtype=DTYPES,
+        shape=[(19,), (6, 19), (3, 19, 18), (2, 21, 5, 17), (2, 5, 3, 4, 9)],
+        reduction=REDUCTIONS,
+        weighted=(False, True),
+        smoothing=(0.0, 0.1, 1.0),
+        ignore_index=IGNORED,
+        target=("long", "uint8", "probabilities", "any floats"),
+        layout=tuple(LAYOUTS),
+        target_layout=tuple(LAYOUTS),
+        grad_output=("random", "zero", "negative", "expanded", "strided"),
     )
-    if not (case := Case(**row)).torch_refuses
 ]
 
 
@@ -386,6 +520,8 @@ def test_every_class_count_across_vector_widths(
         reduction = rng.choice(REDUCTIONS)
         options |= arrangement(rows, classes)
         check(Case(dtype, reduction=reduction, target=target, **options), device)
+        other = Case(dtype, reduction=reduction, **options, loss=rng.choice(OTHERS))
+        check(replace(other, smoothing=0.0), device)
 
 
 BORDERS = [
@@ -402,6 +538,9 @@ BORDERS = [
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_sizes_at_chunk_borders(dtype: torch.dtype, rows: int, classes: int, device: str) -> None:
     check(Case(dtype, (rows, classes)), device)
+    if rows * classes < 20_000:
+        for loss in OTHERS:
+            check(Case(dtype, (rows, classes), loss=loss), device)
 
 
 @pytest.mark.parametrize("target", ["long", "probabilities"])
@@ -414,6 +553,35 @@ def test_large_inputs_in_every_dtype(
         for reduction in ("none", "mean"):
             case = Case(dtype, shape, reduction, True, 0.1, target=target, layout=layout)
             check(case, device)
+
+
+@pytest.mark.parametrize("loss", OTHERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_inputs_of_the_other_losses(dtype: torch.dtype, loss: str, device: str) -> None:
+    for shape, layout in (
+        ((3, 4097), "contiguous"),
+        ((1030, 37), "unaligned"),
+        ((2, 21, 65, 67), "channels_last"),
+    ):
+        check(Case(dtype, shape, "mean", True, layout=layout, loss=loss), device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_up_images_cost_their_labels_in_proportion(dtype: torch.dtype, device: str) -> None:
+    """The soft targets of mixup and cutmix (Zhang et al., 2018; Yun et al., 2019)."""
+    share = torch.rand(33, 1, dtype=F64, device=device)
+    labels = torch.randint(100, (2, 33), device=device)
+    first, second = native.one_hot(labels, 100).double()
+    target = (share * first + (1 - share) * second).to(dtype)
+    logits = torch.randn(33, 100, device=device).to(dtype)
+    inputs = Inputs(logits, target, None, torch.ones(33, device=device), {"reduction": "none"})
+    costs = [reference.cross_entropy(logits, y, reduction="none") for y in labels]
+    mixed = share[:, 0] * costs[0].loss + (1 - share[:, 0]) * costs[1].loss
+    loss, grad = inputs.loss_and_grad(F.cross_entropy)
+    step = torch.finfo(dtype).eps  # of the target
+    torch.testing.assert_close(loss.double(), mixed, rtol=4 * step, atol=4 * step)
+    expected = share * costs[0].grad + (1 - share) * costs[1].grad
+    torch.testing.assert_close(grad.double(), expected, rtol=4 * step, atol=4 * step)
 
 
 @pytest.mark.parametrize("target", ["probabilities", "any floats"])
@@ -430,13 +598,7 @@ def test_gradient_to_probabilities(
             loss = replace(inputs, target=leaf).call(function)
             return torch.autograd.grad(loss, leaf, inputs.grad_output)[0]
 
-        expected = reference.cross_entropy(
-            inputs.logits,
-            inputs.target,
-            inputs.weight,
-            grad_output=inputs.grad_output,
-            **inputs.options,
-        ).target_grad
+        expected = inputs.expected().target_grad
         assert expected is not None
         ours, theirs = target_grad(F.cross_entropy), target_grad(native.cross_entropy)
         assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
@@ -602,7 +764,7 @@ def test_all_rows_ignored(
     for reduction, expected in (("none", zeros), ("sum", zeros.sum()), ("mean", zeros.mean() / 0)):
         inputs.options["reduction"] = reduction
         inputs.grad_output = torch.ones_like(expected)
-        loss, grad = inputs.loss_and_grad(F.cross_entropy)
+        loss, grad = inputs.loss_and_grad(inputs.loss.ours)
         identical(loss, expected)
         identical(grad, torch.zeros_like(inputs.logits))
 
@@ -664,6 +826,10 @@ GRADED = [
     for dtype, reduction, target in itertools.product((F32, BF16), REDUCTIONS, KINDS)
     for weighted, smoothing in ((False, 0.0), (target != "uint8", 0.1))
 ]
+GRADED += [
+    Case(dtype, (9, 19), reduction, True, loss=loss)
+    for dtype, reduction, loss in itertools.product((F32, BF16), REDUCTIONS, OTHERS)
+]
 
 
 @pytest.mark.parametrize("ones", [False, True], ids=["random", "ones"])
@@ -673,7 +839,7 @@ def test_second_backward_gives_the_same_bits(case: Case, ones: bool, device: str
     inputs = draw(case, device)
     grad_output = torch.ones_like(inputs.grad_output) if ones else inputs.grad_output
     logits = inputs.logits.detach().requires_grad_()
-    loss = inputs.call(F.cross_entropy, logits)
+    loss = inputs.call(inputs.loss.ours, logits)
     backward = partial(torch.autograd.grad, loss, logits, retain_graph=True)
     (first,) = backward(grad_output)
     kept = first.clone()
@@ -689,7 +855,7 @@ def test_second_backward_gives_the_same_bits(case: Case, ones: bool, device: str
 def test_accumulated_gradients_belong_to_the_user(case: Case, device: str) -> None:
     inputs = draw(case, device)
     logits = inputs.logits.detach().requires_grad_()
-    loss = inputs.call(F.cross_entropy, logits).sum()
+    loss = inputs.call(inputs.loss.ours, logits).sum()
     loss.backward(retain_graph=True)
     first = logits.grad
     assert first is not None
@@ -710,7 +876,7 @@ def test_accumulated_gradients_belong_to_the_user(case: Case, device: str) -> No
 @pytest.mark.parametrize("case", GRADED[::3], ids=str)
 def test_backward_twice_needs_retain_graph(case: Case, device: str) -> None:
     inputs = draw(case, device)
-    loss = inputs.call(F.cross_entropy, inputs.logits.requires_grad_()).sum()
+    loss = inputs.call(inputs.loss.ours, inputs.logits.requires_grad_()).sum()
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
@@ -775,8 +941,8 @@ def test_no_graph_where_none_is_wanted(device: str) -> None:
 def test_same_bits_with_and_without_a_graph(device: str) -> None:
     for case in GRADED:
         inputs = draw(case, device)
-        with_graph = inputs.call(F.cross_entropy, inputs.logits.detach().requires_grad_())
-        identical(inputs.call(F.cross_entropy), with_graph.detach())
+        with_graph = inputs.call(inputs.loss.ours, inputs.logits.detach().requires_grad_())
+        identical(inputs.call(inputs.loss.ours), with_graph.detach())
 
 
 def test_logits_may_change_after_the_forward_pass(device: str) -> None:
@@ -818,8 +984,15 @@ DIFFERENTIATED = [
         ("sum", False, 0.2),
         ("mean", True, 0.2),
     )
-    if not Case(F64, shape, reduction, weighted, smoothing, target=target).torch_refuses
+    if not Case(F64, shape, reduction, weighted, smoothing, target=target).is_refused
 ]
+DIFFERENTIATED += [
+    Case(F64, shape, reduction, weighted, target=target, ignore_index=-7, loss=loss)
+    for shape in ((4,), (3, 4), (2, 3, 2, 2))
+    for reduction, weighted in (("none", True), ("mean", True), ("sum", False))
+    for loss, target in (("z_loss", "long"), ("focal_loss", "long"))
+]
+DIFFERENTIATED += [Case(F64, (3, 4), "mean", True, 0.2, target="probabilities", loss="z_loss")]
 
 
 def differentiable_arguments(case: Case, device: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -828,7 +1001,7 @@ def differentiable_arguments(case: Case, device: str) -> tuple[Callable[..., Ten
 
     def loss(logits: Tensor, target: Tensor | None = None) -> Tensor:
         target = inputs.target if target is None else target
-        return F.cross_entropy(logits, target, inputs.weight, **inputs.options)
+        return inputs.loss.ours(logits, target, weight=inputs.weight, **inputs.options)
 
     leaves = [inputs.logits, inputs.target] if case.has_probabilities else [inputs.logits]
     return loss, [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -850,7 +1023,7 @@ def test_double_backward_like_torch(case: Case, device: str) -> None:
     """A gradient penalty; every leaf takes part, the incoming gradient too."""
     inputs = draw(replace(case, dtype=F32), device)
     results = []
-    for function in (F.cross_entropy, native.cross_entropy):
+    for function in (inputs.loss.ours, inputs.loss.native):
         leaves = [inputs.logits.detach().clone().requires_grad_()]
         if case.has_probabilities:
             leaves.append(inputs.target.detach().clone().requires_grad_())
@@ -890,14 +1063,21 @@ def test_weight_gradient_like_torch(smoothing: float) -> None:
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("target", ["long", "probabilities"])
+TRANSFORMED = [
+    Case(F64, (3, 4), "mean", True, 0.1),
+    Case(F64, (3, 4), "mean", True, 0.1, target="probabilities"),
+    *(Case(F64, (3, 4), "mean", True, loss=loss) for loss in OTHERS),
+]
+
+
+@pytest.mark.parametrize("case", TRANSFORMED, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_function_transforms_like_torch(transform: str, target: str, device: str) -> None:
-    inputs = draw(Case(F64, (3, 4), "mean", True, 0.1, target=target), device)
+def test_function_transforms_like_torch(transform: str, case: Case, device: str) -> None:
+    inputs = draw(case, device)
     results = [
         TRANSFORMS[transform](lambda x, f=function: inputs.call(f, x), inputs.logits)
-        for function in (F.cross_entropy, native.cross_entropy)
+        for function in (inputs.loss.ours, inputs.loss.native)
     ]
     torch.testing.assert_close(*results)
 
@@ -911,15 +1091,15 @@ def test_per_sample_gradients(device: str) -> None:
     torch.testing.assert_close(per_sample, expected)
 
 
-@pytest.mark.parametrize("target", ["long", "probabilities"])
+@pytest.mark.parametrize("case", TRANSFORMED, ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_batched_grad_outputs(reduction: str, target: str, device: str) -> None:
+def test_batched_grad_outputs(reduction: str, case: Case, device: str) -> None:
     """is_grads_batched, as torch.autograd.functional.jacobian(vectorize=True) uses it."""
     for dtype in (F32, BF16):
-        inputs = draw(Case(dtype, (3, 4), reduction, target=target), device)
+        inputs = draw(replace(case, dtype=dtype, reduction=reduction), device)
         grad_outputs = torch.randn(5, *inputs.grad_output.shape, device=device).to(dtype)
         logits = inputs.logits.detach().requires_grad_()
-        loss = inputs.call(F.cross_entropy, logits)
+        loss = inputs.call(inputs.loss.ours, logits)
         backward = partial(torch.autograd.grad, loss, logits, retain_graph=True)
         (batched,) = backward(grad_outputs, is_grads_batched=True)
         torch.testing.assert_close(batched, torch.stack([backward(g)[0] for g in grad_outputs]))
@@ -936,9 +1116,10 @@ def test_forward_mode_dual_tensors(device: str) -> None:
     torch.testing.assert_close(*tangents)
 
 
-def test_saved_tensor_hooks(device: str) -> None:
-    inputs = draw(Case(F32, (9, 19)), device)
-    loss, expected = inputs.loss_and_grad(F.cross_entropy)
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_saved_tensor_hooks(loss_name: str, device: str) -> None:
+    inputs = draw(Case(F32, (9, 19), loss=loss_name), device)
+    loss, expected = inputs.loss_and_grad(inputs.loss.ours)
     packed: list[torch.Size] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -950,7 +1131,7 @@ def test_saved_tensor_hooks(device: str) -> None:
         torch.autograd.graph.save_on_cpu(),
     ):
         with context:
-            hooked_loss, grad = inputs.loss_and_grad(F.cross_entropy)
+            hooked_loss, grad = inputs.loss_and_grad(inputs.loss.ours)
         identical(hooked_loss, loss)
         identical(grad, expected)
     assert packed, "nothing was saved for backward where hooks can see it"
@@ -989,6 +1170,236 @@ def test_anomaly_mode_and_graph_hooks(device: str) -> None:
     torch.testing.assert_close(logits.grad, 2 * expected)
 
 
+# ------------------------------------------------------------------ log-sum-exp and focal loss
+
+
+def loss_and_lse(inputs: Inputs, ours: bool, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Both results of cross_entropy_with_lse, of ours or of torch's operators."""
+    if ours:
+        return F.cross_entropy_with_lse(
+            logits, inputs.target, weight=inputs.weight, **inputs.options
+        )
+    lse = logits.logsumexp(min(logits.dim() - 1, 1))
+    if not inputs.target.is_floating_point():
+        lse = torch.where(inputs.target == inputs.options["ignore_index"], 0.0, lse)
+    return inputs.call(torch_z_loss, logits), lse
+
+
+@pytest.mark.parametrize("target", ["long", "probabilities"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(9,), (5, 7), (2, 5, 3, 2)], ids=str)
+def test_gradient_through_log_sum_exp(
+    shape: tuple[int, ...], reduction: str, target: str, device: str
+) -> None:
+    """With and without one through the loss, as a value and to be differentiated again."""
+    inputs = draw(Case(F64, shape, reduction, True, 0.1, -7, target, loss="z_loss"), device)
+    lse_shape = torch.Size(shape[: len(shape) - 1 and 1] + shape[2:])
+    through_lse = torch.randn(lse_shape, dtype=F64, device=device)
+    for used in ({"lse"}, {"loss", "lse"}, {"loss"}):
+        results = []
+        for ours in (True, False):
+            logits = inputs.logits.detach().requires_grad_()
+            loss, lse = loss_and_lse(inputs, ours, logits)
+            outgoing = {"loss": (loss, inputs.grad_output), "lse": (lse, through_lse)}
+            outputs, grads = zip(*(outgoing[name] for name in sorted(used)), strict=True)
+            (grad,) = torch.autograd.grad(outputs, logits, grads, retain_graph=True)
+            (again,) = torch.autograd.grad(outputs, logits, grads, create_graph=True)
+            (second,) = torch.autograd.grad(again.square().sum(), logits)
+            results.append([loss.detach(), lse.detach(), grad, again.detach(), second])
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_sum_exp_in_reduced_precision(dtype: torch.dtype, device: str) -> None:
+    inputs = draw(Case(dtype, (9, 19), loss="z_loss"), device)
+    logits = inputs.logits.detach().requires_grad_()
+    _, lse = loss_and_lse(inputs, True, logits)
+    assert lse.dtype == COMPUTE[dtype]
+    (grad,) = torch.autograd.grad(lse.sum(), logits)
+    assert grad.dtype == dtype
+    expected = logits.detach().double().softmax(1)
+    expected = expected.masked_fill((inputs.target == -100)[:, None], 0.0)
+    torch.testing.assert_close(grad, expected.to(dtype))
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("shape", [(33, 5), (33, 300), (2, 5, 21)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_focal_loss_without_focus_is_cross_entropy(
+    dtype: torch.dtype, shape: tuple[int, ...], device: str
+) -> None:
+    for reduction in REDUCTIONS:
+        case = Case(dtype, shape, reduction, True, ignore_index=1)
+        inputs = draw(case, device)
+        expected = inputs.loss_and_grad(F.cross_entropy)
+        del inputs.options["label_smoothing"]
+        identical(inputs.loss_and_grad(partial(F.focal_loss, gamma=0.0)), expected)
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.5, 1.0, 2.0, 5.0, 20.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_focal_loss_for_any_gamma(dtype: torch.dtype, gamma: float, device: str) -> None:
+    """No less accurate than torch; logits from near zero to so far apart that p is 0 or 1."""
+    for shape, spread in itertools.product([(33, 7), (7, 300), (2, 3, 33)], [0.1, 3.0, 10.0]):
+        inputs = draw(Case(dtype, shape, "none", True, loss="focal_loss"), device)
+        inputs.logits.mul_(spread / 3)
+        inputs.options["gamma"] = gamma
+        expected = inputs.expected()
+        results = [
+            peer.loss_and_grad(function)
+            for peer, function in (
+                (inputs, F.focal_loss),
+                (inputs, torch_focal_loss),
+                (inputs.to(COMPUTE[dtype]), torch_focal_loss),
+            )
+        ]
+        for truth, scale, ours, *theirs in zip(
+            (expected.loss, expected.grad),
+            (expected.loss_scale, expected.grad_scale),
+            *results,
+            strict=True,
+        ):
+            errors = [error(t, truth, scale, dtype) for t in theirs]
+            assert error(ours, truth, scale, dtype) <= min(errors) + slack(dtype)
+
+
+@pytest.mark.level
+@pytest.mark.parametrize("gamma", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("classes", [5, 300])
+@pytest.mark.parametrize("graph", [False, True])
+def test_focal_loss_of_certain_rows(gamma: float, classes: int, graph: bool, device: str) -> None:
+    """Where p is 1 nothing is lost; where it is 0 the loss is cross-entropy. No NaN in either."""
+    logits = torch.zeros(18, classes, device=device)
+    logits[:9, 2], logits[9:12, 2], logits[12:, 2] = 1e4, -1e4, -math.inf
+    target = torch.full((18,), 2, device=device)
+    one = torch.ones(18, device=device)
+    expected = Inputs(logits, target, None, one, {"reduction": "none"})
+    loss, grad = expected.loss_and_grad(native.cross_entropy)
+    leaf = logits.requires_grad_()
+    focal = F.focal_loss(leaf, target, gamma, reduction="none")
+    (focal_grad,) = torch.autograd.grad(focal, leaf, one, create_graph=graph)
+    torch.testing.assert_close(focal.detach(), loss)
+    torch.testing.assert_close(focal_grad.detach(), grad)
+    if graph:
+        (second,) = torch.autograd.grad(focal_grad[:12].square().sum(), leaf)
+        assert second.isfinite().all()
+
+
+OURS_ALONE: dict[str, Function] = {
+    "cross_entropy_with_lse": F.cross_entropy_with_lse,
+    "focal_loss": F.focal_loss,
+}
+BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
+    "negative z_loss": ("cross_entropy_with_lse", {"z_loss": -0.1}, ValueError, "z_loss.*-0.1"),
+    "infinite z_loss": ("cross_entropy_with_lse", {"z_loss": math.inf}, ValueError, "z_loss.*inf"),
+    "text z_loss": ("cross_entropy_with_lse", {"z_loss": "a"}, RuntimeError, "z_loss"),
+    "smoothing": ("cross_entropy_with_lse", {"label_smoothing": 1.5}, RuntimeError, "smoothing"),
+    "negative gamma": ("focal_loss", {"gamma": -0.1}, ValueError, "gamma.*-0.1"),
+    "NaN gamma": ("focal_loss", {"gamma": math.nan}, ValueError, "gamma.*nan"),
+    "text gamma": ("focal_loss", {"gamma": "a"}, RuntimeError, "gamma"),
+    "focal smoothing": ("focal_loss", {"label_smoothing": 0.1}, TypeError, "label_smoothing"),
+    "probabilities": ("focal_loss", {"target": torch.rand(3, 5)}, RuntimeError, "class indices"),
+    **{
+        f"{what}, {name}": (name, options, raised, match)
+        for name in OURS_ALONE
+        for what, options, raised, match in (
+            ("reduction", {"reduction": "avg"}, ValueError, "avg"),
+            ("short target", {"target": torch.tensor([0, 1])}, ValueError, "target"),
+            ("int32 target", {"target": torch.tensor([0, 1, 2]).int()}, RuntimeError, "Int"),
+            ("short weight", {"weight": torch.ones(4)}, RuntimeError, "weight"),
+            ("list of logits", {"input": [1.0, 2.0]}, RuntimeError, "input"),
+            ("integer logits", {"input": torch.ones(3, 5).long()}, RuntimeError, "Long"),
+            ("class too large", {"target": torch.tensor([0, 5, 1])}, IndexError, "5"),
+            ("no classes", {"input": torch.ones(3, 0)}, IndexError, "0"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_arguments_of_our_own_functions(name: str) -> None:
+    function, options, raised, match = BAD_OPTIONS[name]
+    arguments = {"input": torch.randn(3, 5), "target": torch.tensor([0, 1, 4])} | options
+    with pytest.raises(raised, match=match):
+        OURS_ALONE[function](**arguments)
+        F.check_targets()
+
+
+@pytest.mark.parametrize("name", OURS_ALONE)
+def test_what_kernels_do_not_cover_is_composed(name: str) -> None:
+    """A weight of another dtype and tensor subclasses."""
+    logits, target = torch.randn(3, 5), torch.tensor([0, -100, 4])
+    weight = torch.rand(5) + 0.5
+    function = OURS_ALONE[name]
+    for arguments in (
+        (logits, target, weight.double()),
+        (logits.as_subclass(Logged), target, weight),
+        (logits.bfloat16().as_subclass(Logged), target, weight.bfloat16()),
+    ):
+        x, y, w = arguments
+        plain = x.as_subclass(Tensor)
+        result, expected = (
+            function(a, y, weight=b, reduction="none") for a, b in ((x, w), (plain, w.to(x.dtype)))
+        )
+        torch.testing.assert_close(
+            tree_map(lambda t: t.as_subclass(Tensor), result), expected, rtol=1e-2, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3000, 10), (5, 700)], ids=str)
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_class_out_of_range_of_the_other_losses(
+    name: str, shape: tuple[int, int], on_cuda: bool, device: str
+) -> None:
+    inputs = draw(Case(F32, shape, "none", loss=name), device)
+    inputs.target[3] = 4242
+    logits = inputs.logits.requires_grad_()
+    wrong = torch.arange(shape[0], device=device) == 3
+    with pytest.raises(IndexError, match="4242 at row 3"):  # on CUDA by the last line
+        if name == "z_loss":
+            loss, lse = loss_and_lse(inputs, True, logits)
+            identical(lse.isnan(), wrong)
+        else:
+            loss = inputs.call(inputs.loss.ours, logits)
+        loss.sum().backward()
+        assert logits.grad is not None
+        identical(loss.isnan(), wrong)
+        identical(logits.grad.isnan().all(1), wrong)
+        identical(logits.grad.isnan().any(1), wrong)
+        F.check_targets(device)
+
+
+FOCAL_MODULES: dict[str, tuple[dict[str, Any], str]] = {
+    "defaults": ({}, "FocalLoss(gamma=2.0)"),
+    "weights": ({"weight": torch.linspace(0.5, 2.0, 7)}, "FocalLoss(gamma=2.0)"),
+    "all": (
+        {"gamma": 0.5, "ignore_index": 3, "reduction": "sum"},
+        "FocalLoss(gamma=0.5, ignore_index=3, reduction='sum')",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOCAL_MODULES)
+def test_focal_module(name: str) -> None:
+    options, shown = FOCAL_MODULES[name]
+    module = fusedstep.FocalLoss(**options)
+    logits, target = torch.randn(9, 7), torch.randint(7, (9,))
+    expected = F.focal_loss(logits, target, **options)
+    assert isinstance(module, nn.Module) and repr(module) == shown
+    assert list(module.state_dict()) == (["weight"] if "weight" in options else [])
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    loaded = fusedstep.FocalLoss(**options | {"weight": options.get("weight", None)})
+    loaded.load_state_dict(module.state_dict())
+    for copied in (module, copy.deepcopy(module), torch.load(buffer, weights_only=False), loaded):
+        copied._apply(torch.clone)  # unpickled memory is not a device's
+        identical(copied(logits, target), expected)
+    module.double()
+    torch.testing.assert_close(module(logits.double(), target), expected.double())
+
+
 # ------------------------------------------------------------------ autocast and loss scales
 
 
@@ -1000,21 +1411,23 @@ def test_autocast(
     autocast_dtype: torch.dtype, dtype: torch.dtype, target: str, device: str
 ) -> None:
     """A float32 loss straight from 16-bit logits, their gradient rounded once."""
-    for reduction, weighted, smoothing in itertools.product(REDUCTIONS, [False, True], [0.0, 0.1]):
-        case = Case(dtype, (33, 70), reduction, weighted, smoothing, target=target)
+    cases = [
+        Case(dtype, (33, 70), reduction, weighted, smoothing, target=target, loss=loss)
+        for reduction, weighted, smoothing in itertools.product(
+            REDUCTIONS, [False, True], [0.0, 0.1]
+        )
+        for loss in (LOSSES if weighted else ["cross_entropy"])
+    ]
+    for case in cases:
+        if case.is_refused:
+            continue
         inputs = draw(case, device)
         wide = dtype if dtype is F64 else F32
         inputs.grad_output = inputs.grad_output.to(wide)
-        expected = reference.cross_entropy(
-            inputs.logits,
-            inputs.target,
-            inputs.weight,
-            grad_output=inputs.grad_output,
-            **inputs.options,
-        )
+        expected = inputs.expected()
         with torch.autocast(device, dtype=autocast_dtype):
-            loss, grad = inputs.loss_and_grad(F.cross_entropy)
-            their_loss, their_grad = inputs.loss_and_grad(native.cross_entropy)
+            loss, grad = inputs.loss_and_grad(inputs.loss.ours)
+            their_loss, their_grad = inputs.loss_and_grad(inputs.loss.native)
         assert (loss.dtype, grad.dtype) == (their_loss.dtype, their_grad.dtype) == (wide, dtype)
         for ours, theirs, truth, scale, stored in (
             (loss, their_loss, expected.loss, expected.loss_scale, wide),
@@ -1071,6 +1484,10 @@ DETERMINISTIC = [
         (F32, (1000, 1025), "mean", 0.0, "long", "transposed"),
     )
 ]
+DETERMINISTIC += [
+    Case(F32, shape, "mean", True, loss=loss)
+    for shape, loss in itertools.product([(4097, 10), (257, 1000)], OTHERS)
+]
 
 
 @pytest.mark.parametrize("case", DETERMINISTIC, ids=str)
@@ -1080,7 +1497,7 @@ def test_same_bits_run_to_run_and_for_any_thread_count(case: Case, device: str) 
     results = []
     for threads in (1, 2, 3, 2, 1):
         torch.set_num_threads(threads)
-        results.append(inputs.loss_and_grad(F.cross_entropy))
+        results.append(inputs.loss_and_grad(inputs.loss.ours))
     for result in results[1:]:
         identical(result, results[0])
 
@@ -1121,7 +1538,7 @@ def test_operators_refuse_tensors_that_do_not_fit() -> None:
     forward = torch.ops.fusedstep.cross_entropy_forward
     backward = torch.ops.fusedstep.cross_entropy_backward
     x, y = torch.randn(5, 7), torch.zeros(5, dtype=torch.int64)
-    rest = (1, -100, 0.0, F32, True, True, False)
+    rest = (1, -100, 0.0, 0.0, 0.0, F32, True, True, False)
     with pytest.raises(RuntimeError, match="target of shape"):
         forward(x, y[:4], None, *rest)
     with pytest.raises(RuntimeError, match="weight must have"):
@@ -1174,27 +1591,45 @@ def test_nothing_but_the_gradient_is_allocated(
     dtype: torch.dtype, layout: str, target: str
 ) -> None:
     """No copy of the logits, whatever their strides, nor log-probabilities; a few numbers a row."""
-    for shape, reduction in (((129, 200), "mean"), ((129, 200), "none"), ((2, 21, 30, 31), "mean")):
-        case = Case(dtype, shape, reduction, True, 0.1, target=target, layout=layout)
+    cases = [
+        Case(dtype, shape, reduction, True, 0.1, target=target, layout=layout)
+        for shape, reduction in (
+            ((129, 200), "mean"),
+            ((129, 200), "none"),
+            ((2, 21, 30, 31), "mean"),
+        )
+    ]
+    cases += [replace(case, smoothing=0.0, loss=loss) for case in cases for loss in OTHERS]
+    for case in cases:
+        if case.is_refused:
+            continue
         inputs = draw(case, "cpu")
-        inputs.loss_and_grad(F.cross_entropy)
+        inputs.loss_and_grad(inputs.loss.ours)
         gradient = inputs.logits.numel() * dtype.itemsize
         rows = math.prod(case.row_shape)
-        peak = peak_memory(partial(inputs.loss_and_grad, F.cross_entropy))
-        assert peak <= gradient + 4 * 8 * rows + 8 * case.classes + 4096
-        peak = peak_memory(partial(inputs.call, F.cross_entropy))
-        assert peak <= 4 * 8 * rows + 8 * case.classes + 4096
+        peak = peak_memory(partial(inputs.loss_and_grad, inputs.loss.ours))
+        assert peak <= gradient + 5 * 8 * rows + 8 * case.classes + 4096
+        peak = peak_memory(partial(inputs.call, inputs.loss.ours))
+        assert peak <= 5 * 8 * rows + 8 * case.classes + 4096
 
 
 # ------------------------------------------------------------------ living inside torch
 
 
+WITHOUT_VALUES = [
+    Case(BF16, (4, 7), "none"),
+    Case(),
+    Case(F32, (2, 7, 3), target="probabilities"),
+    *(Case(F32, (2, 7, 3), "mean", loss=loss) for loss in OTHERS),
+]
+
+
 def test_meta_tensors() -> None:
-    for case in (Case(BF16, (4, 7), "none"), Case(), Case(F32, (2, 7, 3), target="probabilities")):
+    for case in WITHOUT_VALUES:
         inputs = draw(case, "cpu")
         logits = inputs.logits.to("meta").requires_grad_()
-        loss = F.cross_entropy(logits, inputs.target.to("meta"), **inputs.options)
-        expected = inputs.call(native.cross_entropy)
+        loss = inputs.loss.ours(logits, inputs.target.to("meta"), **inputs.options)
+        expected = inputs.call(inputs.loss.native)
         assert loss.is_meta and (loss.dtype, loss.shape) == (expected.dtype, expected.shape)
         loss.sum().backward()
         assert logits.grad is not None and logits.grad.shape == logits.shape
@@ -1203,14 +1638,14 @@ def test_meta_tensors() -> None:
 def test_fake_tensors() -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    for case in (Case(BF16, (4, 7), "none"), Case(), Case(F32, (2, 7, 3), target="probabilities")):
+    for case in WITHOUT_VALUES:
         inputs = draw(case, "cpu")
         with FakeTensorMode() as mode:
             logits = mode.from_tensor(inputs.logits).requires_grad_()
             target = mode.from_tensor(inputs.target)
-            loss = F.cross_entropy(logits, target, **inputs.options)
+            loss = inputs.loss.ours(logits, target, **inputs.options)
             loss.sum().backward()
-        expected = inputs.call(native.cross_entropy)
+        expected = inputs.call(inputs.loss.native)
         assert isinstance(loss, FakeTensor)
         assert (loss.dtype, loss.shape) == (expected.dtype, expected.shape)
         assert isinstance(logits.grad, FakeTensor) and logits.grad.dtype == case.dtype
@@ -1271,10 +1706,10 @@ def test_torch_dispatch_mode_sees_operators_both_ways() -> None:
 
     for case in GRADED[:4]:
         inputs = draw(case, "cpu")
-        expected = inputs.loss_and_grad(F.cross_entropy)
+        expected = inputs.loss_and_grad(inputs.loss.ours)
         logits = inputs.logits.detach().requires_grad_()
         with Mode() as mode:
-            loss = inputs.call(F.cross_entropy, logits)
+            loss = inputs.call(inputs.loss.ours, logits)
             assert mode.seen, "the forward pass is invisible"
             mode.seen.clear()
             loss.backward(inputs.grad_output)
@@ -1282,11 +1717,14 @@ def test_torch_dispatch_mode_sees_operators_both_ways() -> None:
         torch.testing.assert_close((loss.detach(), logits.grad), expected)
 
 
-def test_compiled_without_a_code_generator(device: str) -> None:
-    inputs = draw(Case(F32, (9, 19), weighted=True, smoothing=0.1), device)
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_compiled_without_a_code_generator(loss_name: str, device: str) -> None:
+    smoothing = 0.0 if LOSSES[loss_name].indices_only else 0.1
+    case = Case(F32, (9, 19), weighted=True, smoothing=smoothing, loss=loss_name)
+    inputs = draw(case, device)
 
     def step(logits: Tensor) -> Tensor:
-        return inputs.call(F.cross_entropy, logits * 2)
+        return inputs.call(inputs.loss.ours, logits * 2)
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     results = []
@@ -1485,10 +1923,28 @@ OPERATOR_SAMPLES = [
     Case(F32, (7,), "mean"),
     Case(F32, (5, 7), "mean", target="probabilities"),
     Case(F32, (2, 7, 3), "none", True, 0.1, target="probabilities"),
+    Case(F32, (5, 7), "mean", True, 0.1, loss="z_loss"),
+    Case(BF16, (2, 7, 3), "none", target="probabilities", loss="z_loss"),
+    Case(F32, (5, 7), "mean", True, ignore_index=1, loss="focal_loss"),
+    Case(F16, (2, 7, 3), "none", loss="focal_loss"),
 ]
 
 
-def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:
+def operator_arguments(inputs: Inputs) -> dict[str, Any]:
+    options = inputs.options
+    return {
+        "input": inputs.logits,
+        "target": inputs.target,
+        "weight": inputs.weight,
+        "reduction": REDUCTION_CODE[options["reduction"]],
+        "ignore_index": options["ignore_index"],
+        **{name: options[name] for name in inputs.loss.operator_options},
+    }
+
+
+def forward_arguments(
+    inputs: Inputs, loss_dtype: torch.dtype, with_grad: bool, with_stats: bool, with_lse: bool
+) -> tuple[Any, ...]:
     options = inputs.options
     return (
         inputs.logits,
@@ -1496,7 +1952,13 @@ def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:
         inputs.weight,
         REDUCTION_CODE[options["reduction"]],
         options["ignore_index"],
-        options["label_smoothing"],
+        options.get("label_smoothing", 0.0),
+        options.get("z_loss", 0.0),
+        options.get("gamma", 0.0),
+        loss_dtype,
+        with_grad,
+        with_stats,
+        with_lse,
     )
 
 
@@ -1504,11 +1966,13 @@ def operator_arguments(inputs: Inputs) -> tuple[Any, ...]:
 def test_opcheck(case: Case, device: str) -> None:
     inputs = draw(case, device)
     torch._C._set_deterministic_algorithms(False)
-    operator = torch.ops.fusedstep.cross_entropy.default
-    torch.library.opcheck(operator, operator_arguments(inputs))
-    torch.testing.assert_close(operator(*operator_arguments(inputs)), inputs.call(F.cross_entropy))
+    operator = getattr(torch.ops.fusedstep, inputs.loss.operator).default
+    torch.library.opcheck(operator, (), operator_arguments(inputs))
+    result = operator(**operator_arguments(inputs))
+    loss = result if isinstance(result, Tensor) else result[0]
+    torch.testing.assert_close(loss, inputs.call(inputs.loss.ours))
     inputs.logits.requires_grad_()
-    torch.library.opcheck(operator, operator_arguments(inputs))
+    torch.library.opcheck(operator, (), operator_arguments(inputs))
 
 
 @pytest.mark.parametrize("case", OPERATOR_SAMPLES, ids=str)
@@ -1518,15 +1982,15 @@ def test_opcheck_of_forward_and_backward(case: Case, device: str) -> None:
     torch._C._set_deterministic_algorithms(False)
     forward = torch.ops.fusedstep.cross_entropy_forward.default
     backward = torch.ops.fusedstep.cross_entropy_backward.default
-    loss, grad = inputs.loss_and_grad(F.cross_entropy)
+    loss, grad = inputs.loss_and_grad(inputs.loss.ours)
     for wanted in itertools.product([False, True], repeat=3):
-        arguments = (*operator_arguments(inputs), loss.dtype, *wanted)
+        arguments = forward_arguments(inputs, loss.dtype, *wanted)
         torch.library.opcheck(forward, arguments)
         outputs = forward(*arguments)
         identical(outputs[0], loss)
-    logits, target, weight, _, *options = operator_arguments(inputs)
+    logits, target, weight, _, ignore_index, smoothing = arguments[:6]
     grad_output = inputs.grad_output.to(loss.dtype)
-    arguments = (grad_output, logits, target, weight, *options, outputs[2])
+    arguments = (grad_output, logits, target, weight, ignore_index, smoothing, outputs[2])
     torch.library.opcheck(backward, arguments)
     torch.testing.assert_close(backward(*arguments), grad)
 
@@ -1534,7 +1998,7 @@ def test_opcheck_of_forward_and_backward(case: Case, device: str) -> None:
 def operator_outputs(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, gradient, what a backward needs to recompute it, and log-sum-exp."""
     forward = torch.ops.fusedstep.cross_entropy_forward
-    return forward(*operator_arguments(inputs), inputs.logits.dtype, True, True, True)
+    return forward(*forward_arguments(inputs, inputs.logits.dtype, True, True, True))
 
 
 @pytest.mark.level
@@ -1585,10 +2049,9 @@ def test_gradient_of_a_part_of_the_classes(dtype: torch.dtype, classes: int, dev
 LOGITS, TARGET, WEIGHT = torch.randn(3, 5), torch.tensor([0, 1, 4]), torch.ones(5)
 IMAGE, MASK = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
 PROBABILITIES = LOGITS.softmax(1)
-Loss = Callable[..., Tensor]
 
 # What is wrong: the call, and what the message has to speak of.
-BAD: dict[str, tuple[Callable[[Loss], Tensor], str]] = {
+BAD: dict[str, tuple[Callable[[Function], Tensor], str]] = {
     "0-d logits": (lambda f: f(LOGITS[0, 0], TARGET[0]), "."),
     "0-d logits, probabilities": (lambda f: f(LOGITS[0, 0], LOGITS[0, 1]), "dim"),
     "fewer targets than rows": (lambda f: f(LOGITS, TARGET[:2]), r"3.*2|2.*3"),
@@ -1676,7 +2139,7 @@ def test_bad_input_like_torch(name: str, needs_grad: bool) -> None:
     call, subject = BAD[name]
     kept = [t.clone() for t in (LOGITS, IMAGE, TARGET, MASK)]
 
-    def outcome(function: Loss) -> Tensor | Exception:
+    def outcome(function: Function) -> Tensor | Exception:
         def traced(*args: Any, **kwargs: Any) -> Tensor:
             if needs_grad and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
                 args = (args[0].detach().requires_grad_(), *args[1:])
@@ -1699,7 +2162,7 @@ def test_bad_input_like_torch(name: str, needs_grad: bool) -> None:
     identical([LOGITS, IMAGE, TARGET, MASK], kept)
 
 
-ODD_BUT_ACCEPTED: dict[str, Callable[[Loss], Tensor]] = {
+ODD_BUT_ACCEPTED: dict[str, Callable[[Function], Tensor]] = {
     "negative smoothing": lambda f: f(LOGITS, TARGET, label_smoothing=-0.1),
     "negative smoothing, probabilities": lambda f: f(LOGITS, PROBABILITIES, label_smoothing=-0.1),
     "NaN smoothing": lambda f: f(LOGITS, TARGET, label_smoothing=math.nan),
@@ -1726,7 +2189,7 @@ def test_odd_input_that_torch_accepts(name: str) -> None:
         torch.set_rng_state(state)
         logits_grads: list[Tensor] = []
 
-        def traced(logits: Tensor, *args: Any, f: Loss = function, **kwargs: Any) -> Tensor:
+        def traced(logits: Tensor, *args: Any, f: Function = function, **kwargs: Any) -> Tensor:
             leaf = logits.detach().requires_grad_()
             loss = f(leaf, *args, **kwargs)
             logits_grads.extend(torch.autograd.grad(loss.sum(), leaf))  # noqa: B023

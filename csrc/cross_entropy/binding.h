@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <typeinfo>
 
 namespace fusedstep::cross_entropy {
@@ -20,6 +21,19 @@ std::optional<at::Tensor> cross_entropy(const at::Tensor& logits, const at::Tens
                                         const std::optional<at::Tensor>& weight,
                                         std::int64_t reduction, std::int64_t ignore_index,
                                         double label_smoothing);
+
+// The same of cross-entropy plus z_loss times the squared log-sum-exp of each row, and these
+// log-sum-exps. Raises ValueError for a z_loss that is negative or not finite.
+std::optional<std::tuple<at::Tensor, at::Tensor>> cross_entropy_with_lse(
+    const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
+    std::int64_t reduction, std::int64_t ignore_index, double label_smoothing, double z_loss);
+
+// The same of focal loss, for class indices alone. Raises ValueError for a gamma that is negative
+// or not finite.
+std::optional<at::Tensor> focal_loss(const at::Tensor& logits, const at::Tensor& target,
+                                     const std::optional<at::Tensor>& weight,
+                                     std::int64_t reduction, std::int64_t ignore_index,
+                                     double gamma);
 
 // Waits for a CUDA device and raises IndexError for a class index out of range that any call on it
 // has met since the last such error. On other devices there is nothing to check.

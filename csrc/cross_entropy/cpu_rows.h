@@ -267,6 +267,8 @@ struct Problem {
     T* grad;
     const A* weight;
     A smoothing;  // of an index target
+    A gamma;
+    A z_loss;
     A gradient_scale;
     A* stats;
     A* lse;
@@ -277,10 +279,9 @@ struct Problem {
         if constexpr (!Dense::kPerRow) return args.target_index[row] == args.ignore_index;
         return false;
     }
-    // u_y of the true class, less its dense part; backward has it from stats.
-    A true_class_u(std::int64_t y) const {
-        return index_coefficient(weight ? weight[y] : A{1}, smoothing);
-    }
+    // Whether a row's terms are others than cross-entropy's.
+    bool changes_terms() const { return gamma != A{} || z_loss != A{}; }
+    A class_weight(std::int64_t y) const { return weight ? weight[y] : A{1}; }
     Dense dense_at(std::int64_t target_offset) const {
         Dense here = dense;
         if constexpr (Dense::kPerRow) here.target += target_offset;
@@ -308,6 +309,8 @@ Problem<T, Dense> make_problem(const Args& args, Dense dense) {
             static_cast<T*>(args.grad),
             static_cast<const A*>(args.weight),
             static_cast<A>(args.label_smoothing),
+            static_cast<A>(args.gamma),
+            static_cast<A>(args.z_loss),
             static_cast<A>(args.gradient_scale),
             static_cast<A*>(args.row_stats),
             static_cast<A*>(args.row_lse),
@@ -315,6 +318,24 @@ Problem<T, Dense> make_problem(const Args& args, Dense dense) {
             {args.logits_row_strides[last], args.grad_row_strides[last],
              args.target_row_strides[last]}};
 }
+
+// exp and log of one row, or of one row per lane.
+struct RowMath {
+    template <class V>
+    FUSEDSTEP_VEC static V exp(V x) {
+        if constexpr (std::is_floating_point_v<V>)
+            return FUSEDSTEP_LEVEL::exp(broadcast(x))[0];
+        else
+            return FUSEDSTEP_LEVEL::exp(x);
+    }
+    template <class V>
+    FUSEDSTEP_VEC static V log(V x) {
+        if constexpr (std::is_floating_point_v<V>)
+            return std::log(x);
+        else
+            return FUSEDSTEP_LEVEL::log(x);
+    }
+};
 
 // Out of line: once per row, and the kernels need not be compiled for every dtype of a loss.
 __attribute__((noinline)) void write_row_loss(const Args& args, std::int64_t row, double loss) {
@@ -380,27 +401,34 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             A const m = row_max(x, classes);
             ExpSums<A> sums = grad ? exp_pass<true>(x, classes, m, dense, e)
                                    : exp_pass<false>(x, classes, m, dense, e);
-            A u_y{}, e_y{};
+            A u_y{}, shifted_y{}, e_y{}, row_weight{1};
             if constexpr (!Dense::kPerRow) {
                 std::int64_t const y = args.target_index[row];
-                u_y = p.true_class_u(y);
+                row_weight = p.class_weight(y);
+                u_y = index_coefficient(row_weight, p.smoothing);
+                shifted_y = to_acc(x[y]) - m;
                 sums.target_sum = dense.mass + u_y;
-                sums.target_dot += u_y * (to_acc(x[y]) - m);
+                sums.target_dot += u_y * shifted_y;
                 if (grad) e_y = e[y];
             }
             A const log_sum = std::log(sums.exp_sum);
-            A const loss = row_loss(sums.target_sum, log_sum, sums.target_dot);
-            A const scale = softmax_scale(sums.target_sum, sums.exp_sum);
-            write_stats(p, row, m, scale, u_y);
+            RowTerms<A> terms{row_loss(sums.target_sum, log_sum, sums.target_dot), sums.target_sum,
+                              u_y};
+            if (p.changes_terms()) {
+                RowSums<A> const of{m, sums.exp_sum, log_sum, shifted_y, row_weight};
+                change_terms<RowMath>(terms, of, p.gamma, p.z_loss);
+            }
+            A const scale = softmax_scale(terms.softmax, sums.exp_sum);
+            write_stats(p, row, m, scale, terms.truth);
             if (p.lse) p.lse[row] = m + log_sum;
             if (args.row_losses) {
-                write_row_loss(args, row, static_cast<double>(loss));
+                write_row_loss(args, row, static_cast<double>(terms.loss));
             } else {
-                total += static_cast<double>(loss);
+                total += static_cast<double>(terms.loss);
             }
             if (grad) {
                 write_gradient(
-                    p, dense, row, scale, u_y, p.gradient_scale, grad, e_y,
+                    p, dense, row, scale, terms.truth, p.gradient_scale, grad, e_y,
                     [e](std::int64_t c) { return load(e + c); },
                     [e](std::int64_t c, std::int64_t k) { return load_partial(e + c, k); });
             }
@@ -544,16 +572,6 @@ TrueClasses<acc_t<T>> true_classes(const Problem<T, Dense>& p, std::int64_t row,
     return result;
 }
 
-template <class T, class Dense>
-Vec<acc_t<T>> class_weights(const Problem<T, Dense>& p, const TrueClasses<acc_t<T>>& truth) {
-    using A = acc_t<T>;
-    Vec<A> weight = broadcast(A{1});
-    if (p.weight) {
-        for (int r = 0; r < kLanes<A>; ++r) weight[r] = p.weight[truth.index[r]];
-    }
-    return weight;
-}
-
 // Turns a tile of exp(x - m) into the gradient, in place. Lanes that are not live become zero.
 template <class T, class Dense, class TileDense>
 void tile_gradient(const Problem<T, Dense>& p, const TileDense& dense,
@@ -611,8 +629,12 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
         p, tile_dense, begin, end,
         [&](std::int64_t row, int n, A* tile, const TileDense& dense, T* grad) {
             TrueClasses<A> truth = true_classes(p, row, n);
+            Vec<A> row_weight = broadcast(A{1});
             if constexpr (!Dense::kPerRow) {
-                Vec<A> const u = index_coefficient(class_weights(p, truth), broadcast(p.smoothing));
+                if (p.weight) {
+                    for (int r = 0; r < L; ++r) row_weight[r] = p.weight[truth.index[r]];
+                }
+                Vec<A> const u = index_coefficient(row_weight, broadcast(p.smoothing));
                 truth.u = truth.live ? u : Vec<A>{};
             }
 
@@ -620,14 +642,15 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
             for (std::int64_t c = 1; c < classes; ++c) m = max(load(tile + c * L), m);
 
             Vec<A> target_sum = truth.u;
-            Vec<A> target_dot{};
+            Vec<A> target_dot{}, shifted_y{};
             if constexpr (!Dense::kPerRow) {
                 Vec<A> x_y;
                 for (int r = 0; r < L; ++r) {
                     x_y[r] = tile[static_cast<std::int64_t>(truth.index[r]) * L + r];
                 }
                 target_sum += dense.mass;
-                target_dot = truth.u * (x_y - m);
+                shifted_y = x_y - m;
+                target_dot = truth.u * shifted_y;
             }
             Vec<A> exp_sum{};
             for (std::int64_t block = 0; block < classes; block += kTileBlock) {
@@ -650,9 +673,14 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
                 if constexpr (Dense::kDense) target_dot += u_dot;
             }
             Vec<A> const log_sum = log(exp_sum);
-            Vec<A> loss = row_loss(target_sum, log_sum, target_dot);
-            loss = truth.live ? loss : Vec<A>{};
-            Vec<A> const scale = softmax_scale(target_sum, exp_sum);
+            RowTerms<Vec<A>> terms{row_loss(target_sum, log_sum, target_dot), target_sum, truth.u};
+            if (p.changes_terms()) {
+                RowSums<Vec<A>> const of{m, exp_sum, log_sum, shifted_y, row_weight};
+                change_terms<RowMath>(terms, of, p.gamma, p.z_loss);
+                truth.u = truth.live ? terms.truth : Vec<A>{};
+            }
+            Vec<A> const loss = truth.live ? terms.loss : Vec<A>{};
+            Vec<A> const scale = softmax_scale(terms.softmax, exp_sum);
             if (args.row_losses) {
                 for (int r = 0; r < n; ++r) {
                     write_row_loss(args, row + r, static_cast<double>(loss[r]));

@@ -158,6 +158,13 @@ private:
     }
 };
 
+// exp and log of a row's numbers.
+template <class T>
+struct RowMath {
+    __device__ __forceinline__ static acc_t<T> exp(acc_t<T> x) { return exponential<T>(x); }
+    __device__ __forceinline__ static acc_t<T> log(acc_t<T> x) { return natural_log(x); }
+};
+
 // ---- A group of threads that share a row ----
 
 // Sums over the classes of a row: value[0] is S; value[1] and value[2] are the U and L of the dense
@@ -479,6 +486,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
 
     double const scale = a.reduction == Reduction::mean ? mean_scale<A>(a, shared) : 1.0;
     A const upstream = static_cast<A>(scale);
+    bool const changes_terms = args.gamma != 0 || args.z_loss != 0;
     double loss_sum = 0;
     std::int64_t first_fault = kNoFault;
 
@@ -588,20 +596,27 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
         }
         group.add(sums);
 
-        A const target_sum = truth.u + sums.target_sum();
-        A const softmax = softmax_scale(target_sum, sums.value[0]);
-        if (present && member == 0) {
-            A loss{}, lse{};
-            if (truth.live) {
-                A target_dot = sums.target_dot();
-                if (truth.index >= 0) {
-                    target_dot += truth.u * (to_acc(x[truth.index * args.logits_class_stride]) - m);
-                }
-                A const log_sum = natural_log(sums.value[0]);
-                loss = row_loss(target_sum, log_sum, target_dot);
-                lse = truth.fault ? truth.u : m + log_sum;
+        A const exp_sum = sums.value[0];
+        RowTerms<A> terms{A{}, truth.u + sums.target_sum(), truth.u};
+        A lse{};
+        // Everyone needs the terms where they are others than cross-entropy's.
+        if (truth.live && (member == 0 || changes_terms)) {
+            A const log_sum = natural_log(exp_sum);
+            A const shifted_y =
+                truth.index >= 0 ? to_acc(x[truth.index * args.logits_class_stride]) - m : A{};
+            lse = truth.fault ? truth.u : m + log_sum;
+            terms.loss = row_loss(terms.softmax, log_sum, sums.target_dot() + truth.u * shifted_y);
+            if (changes_terms && !truth.fault) {
+                A const weight = truth.index >= 0 ? class_weight<A>(args, truth.index) : A{1};
+                RowSums<A> const of{m, exp_sum, log_sum, shifted_y, weight};
+                change_terms<RowMath<T>>(terms, of, static_cast<A>(args.gamma),
+                                         static_cast<A>(args.z_loss));
+                truth.u = terms.truth;
             }
-            if (args.row_losses) store_scalar(args.row_losses, args.loss_dtype, row, loss);
+        }
+        A const softmax = softmax_scale(terms.softmax, exp_sum);
+        if (present && member == 0) {
+            if (args.row_losses) store_scalar(args.row_losses, args.loss_dtype, row, terms.loss);
             if (args.row_stats) {
                 A* const stats = static_cast<A*>(args.row_stats) + kRowStats * row;
                 stats[0] = truth.live ? m : A{};
@@ -609,7 +624,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
                 stats[2] = truth.u;
             }
             if (args.row_lse) static_cast<A*>(args.row_lse)[row] = lse;
-            loss_sum += loss;
+            loss_sum += terms.loss;
             if (truth.fault && first_fault == kNoFault) first_fault = row;
         }
         if (args.grad && present) {

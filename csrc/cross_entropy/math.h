@@ -1,5 +1,6 @@
-// The scalar mathematics of cross-entropy, written once for the CPU (where V is a vector of rows or
-// classes, or a scalar) and for CUDA (where V is a scalar).
+// The scalar mathematics of cross-entropy and the losses that are made of a row's same sums,
+// written once for the CPU (where V is a vector of rows or classes, or a scalar) and for CUDA
+// (where V is a scalar).
 //
 // Every kind of target is one formula. A row has logits x_c and a target vector u_c >= 0:
 //
@@ -15,6 +16,9 @@
 //
 // Shifting by m makes exp safe: every argument is <= 0. (torch.nn.CrossEntropyLoss documents the
 // same definitions; label smoothing is that of Szegedy et al., 2016.)
+//
+// Other losses of a row change what its sums come to, and nothing else: their gradient is
+// E exp(x_c - m) - u_c too, with other numbers for E and the true class's u_y (RowTerms).
 #pragma once
 
 #include "core/dtype.h"
@@ -39,10 +43,69 @@ FUSEDSTEP_HD V row_loss(V target_sum, V log_sum, V target_dot_shifted) {
     return target_sum * log_sum - target_dot_shifted;
 }
 
-// What exp(x_c - m) is multiplied by to give U p_c; saved for a backward that recomputes.
+// What a row's sums come to: its loss, and the coefficients of its gradient
+// softmax * p_c - u_c, where `truth` is u_y, less its dense part.
 template <class V>
-FUSEDSTEP_HD V softmax_scale(V target_sum, V exp_sum) {
-    return target_sum / exp_sum;
+struct RowTerms {
+    V loss;
+    V softmax;
+    V truth;
+};
+
+// E: what exp(x_c - m) is multiplied by to give the gradient's softmax * p_c.
+template <class V>
+FUSEDSTEP_HD V softmax_scale(V softmax, V exp_sum) {
+    return softmax / exp_sum;
+}
+
+// The sums of a row that the losses below are made of.
+template <class V>
+struct RowSums {
+    V max;           // m
+    V exp_sum;       // S
+    V log_sum;       // log S
+    V shifted_true;  // x_y - m, of a row with a true class
+    V weight;        // what the row adds to the divisor of a mean: w_y; 1 for probabilities
+};
+
+// Focal loss (Lin et al., 2017): w_y q^gamma (-log p) for p = p_y and q = 1 - p, in place of the
+// cross-entropy of a class index. Its gradient is that of cross-entropy with
+//
+//   w_y q^gamma (1 + gamma p (-log p) / q)
+//
+// in place of w_y. S holds exp(x_y - m), so that S - exp(x_y - m) loses nothing that S had.
+template <class Math, class V>
+FUSEDSTEP_HD RowTerms<V> focal_terms(const RowSums<V>& row, V gamma) {
+    V const zero{};
+    V const one = zero + 1;
+    V const exp_true = Math::exp(row.shifted_true);
+    V const p = exp_true / row.exp_sum;
+    V const q = (row.exp_sum - exp_true) / row.exp_sum;
+    V const minus_log_p = row.log_sum - row.shifted_true;
+    V const p_log_p = p == zero ? zero : p * minus_log_p;
+    V const ratio = q == zero ? one : p_log_p / q;
+    V const power = q == zero ? zero : Math::exp(gamma * Math::log(q));
+    V const factor = row.weight * power;
+    V const truth = factor * (one + gamma * ratio);
+    return {factor * minus_log_p, truth, truth};
+}
+
+// z-loss (Chowdhery et al., 2022): z w lse^2, with lse = log sum_c exp(x_c), whose derivative is
+// 2 z w lse p_c.
+template <class V>
+FUSEDSTEP_HD void add_z_loss(RowTerms<V>& terms, const RowSums<V>& row, V z_loss) {
+    V const lse = row.max + row.log_sum;
+    V const slope = z_loss * row.weight * lse;
+    terms.loss += slope * lse;
+    terms.softmax += slope + slope;
+}
+
+// The losses above, where they are asked for.
+template <class Math, class V, class A>
+FUSEDSTEP_HD void change_terms(RowTerms<V>& terms, const RowSums<V>& row, A gamma, A z_loss) {
+    V const zero{};
+    if (gamma != A{}) terms = focal_terms<Math>(row, zero + gamma);
+    if (z_loss != A{}) add_z_loss(terms, row, zero + z_loss);
 }
 
 }  // namespace fusedstep::cross_entropy

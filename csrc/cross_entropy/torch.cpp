@@ -1,16 +1,26 @@
 // Cross-entropy for torch: what is covered, the operators, the autograd node.
 //
 //   fusedstep::cross_entropy            what users call; covered here, or torch's own op
+//   fusedstep::cross_entropy_with_lse   the same with log-sum-exp and z-loss, and
+//   fusedstep::focal_loss               focal loss; covered here, or composed of torch's ops
 //   fusedstep::cross_entropy_forward    loss, and with it the gradient or what a recompute needs
 //   fusedstep::cross_entropy_backward   the gradient, recomputed from the logits
 //
 // The gradient is computed in the forward pass, while a row is in cache, or recomputed from the
 // logits in the backward pass: torch_glue/loss.h says when.
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/expm1.h>
+#include <ATen/ops/index.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/softmax.h>
+#include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -21,6 +31,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <limits>
 #include <mutex>
 #include <tuple>
@@ -47,21 +58,39 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
+// What is computed of the tensors.
+struct Options {
+    std::int64_t reduction;  // a Reduction
+    std::int64_t ignore_index;
+    double label_smoothing = 0;
+    double z_loss = 0;
+    double gamma = 0;
+};
+
 // ---- What is covered ----
 
-CallCounter calls("cross_entropy");
+CallCounter cross_entropy_calls("cross_entropy");
+CallCounter with_lse_calls("cross_entropy_with_lse");
+CallCounter focal_calls("focal_loss");
+
+CallCounter& calls_of(double gamma, bool with_lse) {
+    if (gamma != 0) return focal_calls;
+    return with_lse ? with_lse_calls : cross_entropy_calls;
+}
 
 bool is_class_index(const Tensor& target) {
     return target.scalar_type() == at::kLong || target.scalar_type() == at::kByte;
 }
 
-c10::SymInt class_count(const Tensor& logits) { return logits.sym_size(logits.dim() == 1 ? 0 : 1); }
+std::int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
+
+c10::SymInt class_count(const Tensor& logits) { return logits.sym_size(class_dim(logits)); }
 
 // The shape of class indices for these logits: theirs without the class dimension.
 c10::SymDimVector index_shape(const Tensor& logits) {
     c10::SymDimVector shape;
     for (std::int64_t d = 0; d < logits.dim(); ++d) {
-        if (d != (logits.dim() == 1 ? 0 : 1)) shape.push_back(logits.sym_size(d));
+        if (d != class_dim(logits)) shape.push_back(logits.sym_size(d));
     }
     return shape;
 }
@@ -193,6 +222,12 @@ struct RowLayout {
     }
 };
 
+// An output that is not wanted; on the CPU past the dispatcher, whose way takes as long again.
+Tensor nothing(const Tensor& like, at::ScalarType type) {
+    if (like.is_cpu()) return at::detail::empty_cpu({0}, type);
+    return at::empty({0}, like.options().dtype(type));
+}
+
 // Of forward, beside the gradient: the loss; kRowStats numbers for each row and the gradient's
 // scale behind them; the log-sum-exp of each row. Empty where not wanted.
 struct Outputs {
@@ -216,16 +251,16 @@ struct KernelArgs {
             weight = weight_->to(accumulate_type(logits.scalar_type())).contiguous();
         }
 
-        std::int64_t const class_dim = logits.dim() == 1 ? 0 : 1;
+        std::int64_t const classes_at = class_dim(logits);
         RowLayout layout;
         for (std::int64_t d = 0; d < logits.dim(); ++d) {
-            if (d == class_dim) continue;
+            if (d == classes_at) continue;
             layout.add(logits.size(d), logits.stride(d), grad.defined() ? grad.stride(d) : 0,
                        probabilities ? target.stride(d) : 0);
         }
         if (layout.dims == 0) layout.set(layout.dims++, 1, 0, 0, 0);
 
-        args.classes = logits.size(class_dim);
+        args.classes = logits.size(classes_at);
         args.rows = logits.numel() / args.classes;
         // The operators can be called without what cross_entropy() checks first.
         TORCH_CHECK(probabilities ? target.sizes() == logits.sizes() : target.numel() == args.rows,
@@ -242,7 +277,7 @@ struct KernelArgs {
 
         args.dtype = *kernel_dtype(logits.scalar_type());
         args.logits = logits.const_data_ptr();
-        args.logits_class_stride = logits.stride(class_dim);
+        args.logits_class_stride = logits.stride(classes_at);
         args.ignore_index = ignore_index;
         args.label_smoothing = label_smoothing;
         args.gradient_scale = 1.0;
@@ -250,7 +285,7 @@ struct KernelArgs {
             args.target_kind = TargetKind::probability;
             args.target_dtype = *kernel_dtype(target.scalar_type());
             args.target_probability = target.const_data_ptr();
-            args.target_class_stride = target.stride(class_dim);
+            args.target_class_stride = target.stride(classes_at);
         } else {
             args.target_kind = label_smoothing > 0 ? TargetKind::smoothed_index : TargetKind::index;
             args.target_index = target.const_data_ptr<std::int64_t>();
@@ -258,8 +293,15 @@ struct KernelArgs {
         args.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
         if (grad.defined()) {
             args.grad = grad.mutable_data_ptr();
-            args.grad_class_stride = grad.stride(class_dim);
+            args.grad_class_stride = grad.stride(classes_at);
         }
+    }
+
+    void set_terms(double z_loss, double gamma) {
+        TORCH_CHECK(gamma == 0 || args.target_kind == TargetKind::index,
+                    "cross_entropy: gamma is for class indices without label smoothing");
+        args.z_loss = z_loss;
+        args.gamma = gamma;
     }
 
     Outputs make_outputs(const Tensor& logits, Reduction reduction, at::ScalarType loss_dtype,
@@ -267,11 +309,12 @@ struct KernelArgs {
         bool const per_row = reduction == Reduction::none;
         auto const rows_shape = index_shape(logits);
         at::IntArrayRef const shape = C10_AS_INTARRAYREF_SLOW(rows_shape);
-        auto const wide = logits.options().dtype(accumulate_type(logits.scalar_type()));
+        at::ScalarType const type = accumulate_type(logits.scalar_type());
+        auto const wide = logits.options().dtype(type);
         Outputs out{
             at::empty(per_row ? shape : at::IntArrayRef(), logits.options().dtype(loss_dtype)),
-            at::empty({with_stats ? kRowStats * args.rows + 1 : 0}, wide),
-            at::empty(with_lse ? shape : at::IntArrayRef({0}), wide)};
+            with_stats ? at::empty({kRowStats * args.rows + 1}, wide) : nothing(logits, type),
+            with_lse ? at::empty(shape, wide) : nothing(logits, type)};
         args.loss_dtype = *kernel_dtype(loss_dtype);
         if (per_row) args.row_losses = out.loss.mutable_data_ptr();
         if (with_stats) args.row_stats = out.stats.mutable_data_ptr();
@@ -318,11 +361,12 @@ double scan_targets_cpu(const Args& args) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-    std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing,
-    at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
+    std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing, double z_loss,
+    double gamma, at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
     auto const reduction = static_cast<Reduction>(reduction_);
     Tensor const grad = with_grad ? empty_gradient(logits) : Tensor();
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    kernel.set_terms(z_loss, gamma);
     Args& args = kernel.args;
     args.weight_sum = weight_sum_cpu(kernel);
 
@@ -349,8 +393,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
         for (double sum : sums) total.add(sum);
         write_scalar(loss, 0, total.total() * args.gradient_scale);
     }
-    calls.fused(logits.device());
-    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats, lse};
+    calls_of(gamma, with_lse).fused(logits.device());
+    return {loss, with_grad ? grad : nothing(logits, logits.scalar_type()), stats, lse};
 }
 
 Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
@@ -406,8 +450,8 @@ void raise_target_fault(volatile TargetFault& fault, c10::Device device) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-    std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing,
-    at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
+    std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing, double z_loss,
+    double gamma, at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
     CudaGuard const guard(logits.device());
     TargetFault& fault = target_fault(logits.device());
     raise_target_fault(fault, logits.device());
@@ -415,6 +459,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const DeviceLimits& limits = device_limits(logits.device());
     Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();
     KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    kernel.set_terms(z_loss, gamma);
     auto const [loss, stats, lse] =
         kernel.make_outputs(logits, reduction, loss_dtype, with_stats, with_lse);
     Tensor const totals = at::empty(
@@ -425,8 +470,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
                            static_cast<BlockTotals*>(totals.mutable_data_ptr()),
                            kernel.args.target_kind == TargetKind::probability ? nullptr : &fault};
     check_launch(forward(args, limits, current_stream(logits.device())), "cross_entropy");
-    calls.fused(logits.device());
-    return {loss, with_grad ? grad : at::empty({0}, logits.options()), stats, lse};
+    calls_of(gamma, with_lse).fused(logits.device());
+    return {loss, with_grad ? grad : nothing(logits, logits.scalar_type()), stats, lse};
 }
 
 // Writes the gradient. Where it is the one for a grad_output of 1 already, nothing happens if that
@@ -480,6 +525,55 @@ const auto& backward_op() {
     return op;
 }
 
+// ---- The same of torch's operators ----
+
+struct LossAndLse {
+    Tensor loss;
+    Tensor lse;
+};
+
+// What the kernels compute, as a differentiable function: for what they do not cover, and for
+// second derivatives. Raises torch's errors. The loss is in the logits' type or a wider one, lse in
+// the type that is computed in.
+LossAndLse composed(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                    const Options& options) {
+    Tensor const x = is_narrow(logits.scalar_type()) ? logits.to(at::kFloat) : logits;
+    OptionalTensor w;
+    if (is_given(weight)) w = weight->to(x.scalar_type());
+    Tensor loss = at::cross_entropy_loss(x, target, w, options.reduction, options.ignore_index,
+                                         options.label_smoothing);
+    Tensor lse = at::logsumexp(x, class_dim(x));
+    Tensor row_weights;  // of class indices
+    if (is_class_index(target)) {
+        Tensor const index = target.to(at::kLong).reshape_symint(lse.sym_sizes());
+        Tensor const ignored = index.eq(options.ignore_index);
+        lse = lse.masked_fill(ignored, 0);
+        row_weights = w ? at::index(*w, {index.masked_fill(ignored, 0)}) : at::ones_like(lse);
+        row_weights = row_weights.masked_fill(ignored, 0);
+    }
+    auto const reduce = [&](const Tensor& rows) {
+        if (options.reduction == static_cast<std::int64_t>(Reduction::none)) return rows;
+        if (options.reduction == static_cast<std::int64_t>(Reduction::sum)) return rows.sum();
+        return row_weights.defined() ? rows.sum() / row_weights.sum() : rows.mean();
+    };
+    if (options.gamma != 0) {
+        Tensor const minus_log_p =
+            at::cross_entropy_loss(x, target, {}, static_cast<std::int64_t>(Reduction::none),
+                                   options.ignore_index)
+                .reshape_symint(lse.sym_sizes());
+        // Where p is 1 or 0 the power's derivative is no number, or is multiplied by infinity.
+        Tensor const certain = minus_log_p.eq(0);
+        Tensor const q = at::where(certain.logical_or(minus_log_p.isinf()), 1.0,
+                                   at::expm1(minus_log_p.neg()).neg());
+        loss = reduce(at::where(certain, 0.0, row_weights * q.pow(options.gamma) * minus_log_p));
+    }
+    if (options.z_loss != 0) {
+        Tensor const squares = lse * lse * options.z_loss;
+        loss = loss + reduce(row_weights.defined() ? squares * row_weights : squares);
+    }
+    return {loss, lse};
+}
+
 // ---- Autograd ----
 
 struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
@@ -487,9 +581,7 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     SavedVariable target;
     SavedVariable weight;
     bool has_weight = false;
-    std::int64_t reduction = 0;
-    std::int64_t ignore_index = 0;
-    double label_smoothing = 0;
+    Options options{};
     at::ScalarType loss_dtype = at::kFloat;
     std::uint64_t forward_capture = 0;
     Tensor grad;   // for a grad_output of 1; undefined where it is recomputed
@@ -499,8 +591,9 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
 
     template <class F>
     void visit(const F& f) {
-        f(logits), f(target), f(weight), f(has_weight), f(reduction), f(ignore_index);
-        f(label_smoothing), f(loss_dtype), f(grad), f(stats);
+        f(logits), f(target), f(weight), f(has_weight), f(options.reduction);
+        f(options.ignore_index), f(options.label_smoothing), f(options.z_loss), f(options.gamma);
+        f(loss_dtype), f(grad), f(stats);
     }
 
     void release_variables() override {
@@ -513,19 +606,28 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
         released_ = true;
     }
 
+    // Of the loss and, where lse is returned, of that.
     variable_list apply(variable_list&& grad_outputs) override {
         std::lock_guard<std::mutex> lock(mutex_);
         TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
-        const Tensor& grad_output = grad_outputs[0];
         Wanted const wanted = wanted_gradients();
-        if (!grad_output.defined() || !wanted[0]) return {Tensor()};
-        if (c10::GradMode::is_enabled()) return {differentiable(grad_output)};
-        return gradients(grad_output, wanted);
+        bool arrived = false;
+        for (const Tensor& grad_output : grad_outputs) arrived |= grad_output.defined();
+        if (!arrived || !wanted[0]) return {Tensor()};
+        if (c10::GradMode::is_enabled()) return {differentiable(grad_outputs)};
+        return gradients(grad_outputs, wanted);
     }
 
-    variable_list gradients(const Tensor& grad_output, Wanted) {
-        return {grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
-                               : recomputed(grad_output)};
+    variable_list gradients(const variable_list& grad_outputs, Wanted) {
+        const Tensor& grad_output = grad_outputs[0];
+        Tensor result;
+        if (grad_outputs.size() > 1 && grad_outputs[1].defined()) {
+            result = through_lse(grad_outputs[1]);
+        }
+        if (!grad_output.defined()) return {result};
+        Tensor const of_loss = grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
+                                              : recomputed(grad_output);
+        return {result.defined() ? at::add(result, of_loss) : of_loss};
     }
 
     Tensor recomputed(const Tensor& grad_output) {
@@ -535,13 +637,14 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
         OptionalTensor const saved_weight = unpacked_weight();
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         return backward_op().call(grad_output, saved_logits, saved_target, saved_weight,
-                                  ignore_index, label_smoothing, stats);
+                                  options.ignore_index, options.label_smoothing, stats);
     }
 
 #if defined(FUSEDSTEP_CUDA)
     void recompute_into(const Tensor& result, const Tensor& grad_output) {
         write_backward_cuda(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
-                            ignore_index, label_smoothing, stats, result, /*keep_if_one=*/true);
+                            options.ignore_index, options.label_smoothing, stats, result,
+                            /*keep_if_one=*/true);
     }
 #endif
 
@@ -552,33 +655,55 @@ private:
         return has_weight ? OptionalTensor(weight.unpack()) : std::nullopt;
     }
 
-    // The same gradient as a differentiable function of logits and grad_output: torch's own ops.
-    Tensor differentiable(const Tensor& grad_output) {
+    // p_c times the gradient of lse.
+    Tensor through_lse(const Tensor& grad_lse) {
         Tensor const x = logits.unpack();
-        calls.fell_back(x.device(), kDifferentiableBackward);
-        OptionalTensor w = unpacked_weight();
-        if (w) w = w->to(loss_dtype);
-        Tensor const loss = at::cross_entropy_loss(x.to(loss_dtype), target.unpack(), w, reduction,
-                                                   ignore_index, label_smoothing);
-        return torch::autograd::grad({loss}, {x}, {grad_output}, /*retain_graph=*/true,
+        Tensor const y = target.unpack();
+        Tensor result = at::softmax(x, class_dim(x), accumulate_type(x.scalar_type())) *
+                        grad_lse.unsqueeze(class_dim(x));
+        if (is_class_index(y)) {
+            Tensor const ignored = y.to(at::kLong).eq(options.ignore_index);
+            result = result.masked_fill(
+                ignored.reshape_symint(index_shape(x)).unsqueeze(class_dim(x)), 0);
+        }
+        return result.to(x.scalar_type());
+    }
+
+    // The same gradient as a differentiable function of logits and what arrived.
+    Tensor differentiable(const variable_list& grad_outputs) {
+        Tensor const x = logits.unpack();
+        calls_of(options.gamma, grad_outputs.size() > 1)
+            .fell_back(x.device(), kDifferentiableBackward);
+        auto const [loss, lse] =
+            composed(x.to(loss_dtype), target.unpack(), unpacked_weight(), options);
+        variable_list outputs, grads;
+        if (grad_outputs[0].defined()) {
+            outputs.push_back(loss.to(loss_dtype));
+            grads.push_back(grad_outputs[0]);
+        }
+        if (grad_outputs.size() > 1 && grad_outputs[1].defined()) {
+            outputs.push_back(lse);
+            grads.push_back(grad_outputs[1]);
+        }
+        return torch::autograd::grad(outputs, {x}, grads, /*retain_graph=*/true,
                                      /*create_graph=*/true)[0];
     }
 };
 
-Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-             std::int64_t reduction, std::int64_t ignore_index, double label_smoothing,
-             at::ScalarType loss_dtype) {
+LossAndLse fused(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                 const Options& options, at::ScalarType loss_dtype, bool with_lse = false) {
     bool const with_grad = c10::GradMode::is_enabled() && logits.requires_grad();
     bool const symbolic = is_symbolic(logits) || in_dispatch_mode();
     at::ScalarType const type = logits.scalar_type();
-    bool const reduced = static_cast<Reduction>(reduction) != Reduction::none;
+    bool const reduced = static_cast<Reduction>(options.reduction) != Reduction::none;
     bool const grad_in_forward = with_grad && gradient_in_forward(type, reduced, symbolic);
     bool const with_stats = with_grad && (is_narrow(type) || !grad_in_forward);
 
     auto [loss, grad, stats, lse] = [&] {
         at::AutoDispatchBelowADInplaceOrView below_autograd;
-        return forward_op().call(logits, target, weight, reduction, ignore_index, label_smoothing,
-                                 loss_dtype, grad_in_forward, with_stats, /*with_lse=*/false);
+        return forward_op().call(logits, target, weight, options.reduction, options.ignore_index,
+                                 options.label_smoothing, options.z_loss, options.gamma, loss_dtype,
+                                 grad_in_forward, with_stats, with_lse);
     }();
     if (with_grad) {
         auto node = make_node<CrossEntropyBackward0>();
@@ -587,17 +712,63 @@ Tensor fused(const Tensor& logits, const Tensor& target, const OptionalTensor& w
         node->target = SavedVariable(target, /*is_output=*/false);
         node->has_weight = is_given(weight);
         if (node->has_weight) node->weight = SavedVariable(*weight, /*is_output=*/false);
-        node->reduction = reduction;
-        node->ignore_index = ignore_index;
-        node->label_smoothing = label_smoothing;
+        node->options = options;
         node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
         if (grad_in_forward && !symbolic) node->forward_capture = capture_around(logits);
         if (grad_in_forward) node->grad = std::move(grad);
         if (with_stats) node->stats = std::move(stats);
         torch::autograd::set_history(loss, node);
+        if (with_lse) torch::autograd::set_history(lse, node);
     }
-    return loss;
+    return {std::move(loss), std::move(lse)};
+}
+
+// ---- The functions, where the kernels cover the arguments ----
+
+Covered<LossAndLse> fused_where_covered(const Tensor& logits, const Tensor& target,
+                                        const OptionalTensor& weight, const Options& options,
+                                        bool with_lse = false) {
+    auto const loss_dtype = covered_loss_type(logits, target, weight, options.reduction,
+                                              options.ignore_index, options.label_smoothing);
+    if (!loss_dtype) return loss_dtype.why_not();
+    return fused(logits, target, weight, options, *loss_dtype, with_lse);
+}
+
+// Where they are not covered, computed by torch's operators: the loss as torch would type it.
+LossAndLse fused_or_composed(const Tensor& logits, const Tensor& target,
+                             const OptionalTensor& weight, const Options& options,
+                             bool with_lse = false) {
+    auto const result = fused_where_covered(logits, target, weight, options, with_lse);
+    if (result) return *result;
+    calls_of(options.gamma, with_lse).fell_back(logits.device(), result.why_not());
+    auto [loss, lse] = composed(logits, target, weight, options);
+    if (is_narrow(logits.scalar_type()) && !in_autocast(logits) &&
+        (is_class_index(target) || target.scalar_type() == logits.scalar_type())) {
+        loss = loss.to(logits.scalar_type());
+    }
+    return {loss, lse};
+}
+
+Options with_lse_options(std::int64_t reduction, std::int64_t ignore_index, double label_smoothing,
+                         double z_loss) {
+    TORCH_CHECK_VALUE(std::isfinite(z_loss) && z_loss >= 0,
+                      "cross_entropy_with_lse: z_loss must be finite and not negative, but is ",
+                      z_loss);
+    return {.reduction = reduction,
+            .ignore_index = ignore_index,
+            .label_smoothing = label_smoothing,
+            .z_loss = z_loss};
+}
+
+Options focal_options(const Tensor& target, std::int64_t reduction, std::int64_t ignore_index,
+                      double gamma) {
+    TORCH_CHECK_VALUE(std::isfinite(gamma) && gamma >= 0,
+                      "focal_loss: gamma must be finite and not negative, but is ", gamma);
+    TORCH_CHECK(is_class_index(target),
+                "focal_loss: target must hold class indices, Long or Byte, but its dtype is ",
+                target.scalar_type());
+    return {.reduction = reduction, .ignore_index = ignore_index, .gamma = gamma};
 }
 
 Tensor cross_entropy_op(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
@@ -609,18 +780,54 @@ Tensor cross_entropy_op(const Tensor& logits, const Tensor& target, const Option
                                          label_smoothing);
 }
 
+std::tuple<Tensor, Tensor> cross_entropy_with_lse_op(const Tensor& logits, const Tensor& target,
+                                                     const OptionalTensor& weight,
+                                                     std::int64_t reduction,
+                                                     std::int64_t ignore_index,
+                                                     double label_smoothing, double z_loss) {
+    auto [loss, lse] = fused_or_composed(
+        logits, target, weight, with_lse_options(reduction, ignore_index, label_smoothing, z_loss),
+        /*with_lse=*/true);
+    return {std::move(loss), std::move(lse)};
+}
+
+Tensor focal_loss_op(const Tensor& logits, const Tensor& target, double gamma,
+                     const OptionalTensor& weight, std::int64_t reduction,
+                     std::int64_t ignore_index) {
+    return fused_or_composed(logits, target, weight,
+                             focal_options(target, reduction, ignore_index, gamma))
+        .loss;
+}
+
 }  // namespace
 
 OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target,
                              const OptionalTensor& weight, std::int64_t reduction,
                              std::int64_t ignore_index, double label_smoothing) {
-    auto const loss_dtype =
-        covered_loss_type(logits, target, weight, reduction, ignore_index, label_smoothing);
-    if (!loss_dtype) {
-        calls.fell_back(logits.device(), loss_dtype.why_not());
-        return std::nullopt;
-    }
-    return fused(logits, target, weight, reduction, ignore_index, label_smoothing, *loss_dtype);
+    auto const result =
+        fused_where_covered(logits, target, weight, {reduction, ignore_index, label_smoothing});
+    if (result) return result->loss;
+    cross_entropy_calls.fell_back(logits.device(), result.why_not());
+    return std::nullopt;
+}
+
+// Python calls the operators where these return nothing, and they count it.
+
+std::optional<std::tuple<Tensor, Tensor>> cross_entropy_with_lse(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+    std::int64_t reduction, std::int64_t ignore_index, double label_smoothing, double z_loss) {
+    auto const result = fused_where_covered(
+        logits, target, weight, with_lse_options(reduction, ignore_index, label_smoothing, z_loss),
+        /*with_lse=*/true);
+    if (!result) return std::nullopt;
+    return std::tuple(result->loss, result->lse);
+}
+
+OptionalTensor focal_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                          std::int64_t reduction, std::int64_t ignore_index, double gamma) {
+    auto const result = fused_where_covered(logits, target, weight,
+                                            focal_options(target, reduction, ignore_index, gamma));
+    return result ? OptionalTensor(result->loss) : std::nullopt;
 }
 
 void check_targets([[maybe_unused]] c10::Device device) {
@@ -641,9 +848,19 @@ TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
         "int ignore_index=-100, float label_smoothing=0.0) -> Tensor",
         cross_entropy_op);
     m.def(
+        "cross_entropy_with_lse(Tensor input, Tensor target, Tensor? weight=None, "
+        "int reduction=1, int ignore_index=-100, float label_smoothing=0.0, float z_loss=0.0) "
+        "-> (Tensor loss, Tensor lse)",
+        cross_entropy_with_lse_op);
+    m.def(
+        "focal_loss(Tensor input, Tensor target, float gamma=2.0, Tensor? weight=None, "
+        "int reduction=1, int ignore_index=-100) -> Tensor",
+        focal_loss_op);
+    m.def(
         "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
-        "int ignore_index, float label_smoothing, ScalarType loss_dtype, bool with_grad, "
-        "bool with_stats, bool with_lse) -> (Tensor loss, Tensor grad, Tensor stats, Tensor lse)");
+        "int ignore_index, float label_smoothing, float z_loss, float gamma, "
+        "ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) "
+        "-> (Tensor loss, Tensor grad, Tensor stats, Tensor lse)");
     // `stats` is flat: {m, E, u_y} of each row in turn (cross_entropy.h), then the factor that a
     // mean puts on every gradient, in float32 (float64 for float64). Anyone may make them who knows
     // a row's sums by other means: with {lse, U, 0} for rows whose class is none of these, and

@@ -442,10 +442,11 @@ struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
         Wanted const wanted = wanted_gradients();
         if (!grad_output.defined() || !(wanted[0] || wanted[1])) return {Tensor(), Tensor()};
         if (c10::GradMode::is_enabled()) return differentiable(grad_output, wanted[0], wanted[1]);
-        return gradients(grad_output, wanted);
+        return gradients(grad_outputs, wanted);
     }
 
-    variable_list gradients(const Tensor& grad_output, Wanted wanted) {
+    variable_list gradients(const variable_list& grad_outputs, Wanted wanted) {
+        const Tensor& grad_output = grad_outputs[0];
         auto const [of_input, of_target] = wanted;
         Tensor result = grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
                                        : recomputed(grad_output);

@@ -19,7 +19,7 @@ namespace fusedstep {
 
 // Derived offers two things:
 //   visit(f)                        calls f with every saved tensor and every option, in one order
-//   gradients(grad_output, wanted)  of those of its inputs that are wanted
+//   gradients(grad_outputs, wanted) of those of its inputs that are wanted
 // and reads `symbolic`: whether nothing may look at a tensor's values.
 template <class Derived, std::size_t kInputs>
 struct TraceableNode : torch::autograd::Node {
@@ -101,9 +101,11 @@ private:
         });
         at::SavedTensorDefaultHooks::set_tracing(before);
         node->symbolic = true;
-        if (!grad_outputs[0].defined()) return torch::autograd::variable_list(kInputs);
+        bool arrived = false;
+        for (const at::Tensor& grad_output : grad_outputs) arrived |= grad_output.defined();
+        if (!arrived) return torch::autograd::variable_list(kInputs);
         at::NoGradGuard const no_grad;
-        return node->gradients(grad_outputs[0], wanted);
+        return node->gradients(grad_outputs, wanted);
     }
 };
 

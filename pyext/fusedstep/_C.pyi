@@ -12,6 +12,25 @@ def cross_entropy(
     label_smoothing: float,
     /,
 ) -> Tensor | None: ...
+def cross_entropy_with_lse(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    /,
+) -> tuple[Tensor, Tensor] | None: ...
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma: float,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+    /,
+) -> Tensor | None: ...
 def pointwise_loss(
     input: Tensor,
     target: Tensor,

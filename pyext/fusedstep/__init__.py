@@ -1,7 +1,7 @@
 """The training step around a network, fused: loss forward, loss backward, SGD update.
 
-The losses and ``SGD`` are drop-ins for torch's classes of the same names. :func:`patch` lets
-torch's own names mean them; :func:`stats` tells what ran.
+The losses and ``SGD`` are drop-ins for torch's classes of the same names (``FocalLoss`` has no
+such class). :func:`patch` lets torch's own names mean them; :func:`stats` tells what ran.
 """
 
 from fusedstep._compatibility import check_torch as _check_torch
@@ -17,6 +17,7 @@ from fusedstep._stats import reset_stats, stats  # noqa: E402
 from fusedstep.nn import (  # noqa: E402
     BCEWithLogitsLoss,
     CrossEntropyLoss,
+    FocalLoss,
     HuberLoss,
     L1Loss,
     MSELoss,
@@ -28,6 +29,7 @@ __all__ = [
     "SGD",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "FocalLoss",
     "HuberLoss",
     "L1Loss",
     "MSELoss",

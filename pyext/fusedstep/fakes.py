@@ -21,6 +21,8 @@ def _cross_entropy_forward(
     reduction: int,
     ignore_index: int,
     label_smoothing: float,
+    z_loss: float,
+    gamma: float,
     loss_dtype: torch.dtype,
     with_grad: bool,
     with_stats: bool,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +27,15 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "check_targets",
     "cross_entropy",
+    "cross_entropy_with_lse",
+    "focal_loss",
     "huber_loss",
     "l1_loss",
     "mse_loss",
     "smooth_l1_loss",
 ]
+
+_Result = TypeVar("_Result")
 
 # torch's own functions: those that torch.nn.functional held when this module was imported.
 _TORCH: dict[str, Callable[..., Tensor]] = {
@@ -113,16 +117,14 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    if code is None:
-        raise ValueError(f"{reduction!r} is not a valid value for reduction")
+    code = _reduction_code(reduction)
     if type(input) is not Tensor and _is_dtensor(input):
         from fusedstep import distributed
 
         return distributed.cross_entropy(
             input, target, weight, ignore_index, reduction, label_smoothing
         )
-    if is_compiling() or type(input) in _TRACED:
+    if _is_traced(input):
         loss: Tensor = torch.ops.fusedstep.cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
@@ -138,6 +140,98 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
+
+
+def cross_entropy_with_lse(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Cross-entropy plus z-loss, and the log-sum-exp of each row, in one pass.
+
+    Torch has no such function. Each row that counts adds to its cross-entropy
+
+    .. math:: z\, r \Bigl(\log \sum_k e^{x_k}\Bigr)^2,
+
+    where :math:`z` is ``z_loss`` and :math:`r` what the row adds to the divisor of a mean:
+    :math:`w_y` for a class index :math:`y`, 1 for class probabilities. (Z-loss keeps logits near
+    zero: Chowdhery et al., 2022, section 5.)
+
+    Args:
+        input: See :func:`cross_entropy`, as for the arguments that are not listed here.
+        z_loss: A finite factor, not negative.
+
+    Returns:
+        The loss, as :func:`cross_entropy` returns it, and :math:`\log \sum_k e^{x_k}` of each row:
+        of the shape ``()``, ``(N)`` or ``(N, d1, ..., dK)``, in float32 (float64 for float64), 0
+        where the row is ignored and not finite where its greatest logit is not. Both are
+        differentiable; the gradient of the second is computed by torch's own operators.
+
+    Raises:
+        ValueError: ``z_loss`` or ``reduction`` is not valid, or batch sizes differ.
+        IndexError: A class index is out of range; on CUDA both results are NaN in such a row and
+            the error comes later: see :func:`cross_entropy`.
+        RuntimeError: Shapes or dtypes do not fit together.
+
+    Arguments that :func:`cross_entropy` leaves to torch are computed by several of torch's
+    operators here.
+    """
+    code = _reduction_code(reduction)
+    args = (input, target, weight, code, ignore_index, label_smoothing, z_loss)
+    result = None if _is_traced(input) else _fused(_C.cross_entropy_with_lse, *args)
+    if result is None:
+        result = torch.ops.fusedstep.cross_entropy_with_lse(*args)
+    return result
+
+
+def focal_loss(
+    input: Tensor,
+    target: Tensor,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Focal loss of logits and class indices, with its gradient computed in the same pass.
+
+    Torch has no such function. For logits :math:`x` and a class index :math:`y` it is
+
+    .. math:: \ell = -w_y\, (1 - p)^\gamma \log p, \qquad p = \operatorname{softmax}(x)_y
+
+    (Lin et al., 2017, for more than two classes): cross-entropy in which rows count less the
+    better they are classified. ``gamma=0`` is :func:`cross_entropy`.
+
+    Args:
+        input: Logits; see :func:`cross_entropy`, as for the arguments that are not listed here.
+        target: Class indices (int64 or uint8).
+        gamma: A finite exponent, not negative.
+        weight: One factor per class, of shape ``(C)`` (the paper's alpha).
+        reduction: ``"mean"`` (over the weights :math:`w_y` of the rows that count), ``"sum"`` or
+            ``"none"``.
+
+    Returns:
+        A scalar, or for ``reduction="none"`` a tensor of the shape of ``target``, in the dtype of
+        ``input``: float32 for 16-bit logits under autocast.
+
+    Raises:
+        ValueError: ``gamma`` or ``reduction`` is not valid, or batch sizes differ.
+        IndexError: A class index is out of range; on CUDA later: see :func:`cross_entropy`.
+        RuntimeError: Shapes or dtypes do not fit together; ``target`` holds class probabilities.
+
+    Arguments that :func:`cross_entropy` leaves to torch are computed by several of torch's
+    operators here.
+    """
+    args = (input, target, gamma, weight, _reduction_code(reduction), ignore_index)
+    loss = None if _is_traced(input) else _fused(_C.focal_loss, *args)
+    if loss is None:
+        loss = torch.ops.fusedstep.focal_loss(*args)
+    return loss
 
 
 def check_targets(device: torch.device | str | int | None = None) -> None:
@@ -340,7 +434,7 @@ def _pointwise_loss(
     code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         return None
-    if is_compiling() or type(input) in _TRACED:
+    if _is_traced(input):
         if input.shape != target.shape or _is_dtensor(input) or _is_dtensor(target):
             return None
         loss: Tensor = torch.ops.fusedstep.pointwise_loss(
@@ -350,8 +444,15 @@ def _pointwise_loss(
     return _fused(_C.pointwise_loss, input, target, weight, pos_weight, kind, code, parameter)
 
 
-def _fused(loss: Callable[..., Tensor | None], *args: Any) -> Tensor | None:
-    """Return a loss that the kernels cover, or None: torch's own function has to run."""
+def _reduction_code(reduction: str) -> int:
+    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
+    if code is None:
+        raise ValueError(f"{reduction!r} is not a valid value for reduction")
+    return code
+
+
+def _fused(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
+    """Return what a loss gives that the kernels cover, or None: torch's own function has to run."""
     try:
         result = loss(*args)
         if result is None and _is_default_device_all_that_watches():
@@ -370,6 +471,11 @@ def _is_default_device_all_that_watches() -> bool:
     if not torch._C._is_torch_function_mode_enabled():
         return False
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
+
+
+def _is_traced(input: Tensor) -> bool:
+    """Whether a graph is made of the program, which is to show operators."""
+    return is_compiling() or type(input) in _TRACED
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:

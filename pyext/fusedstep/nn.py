@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
 
 from fusedstep import functional as F
 
 __all__ = [
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "FocalLoss",
     "HuberLoss",
     "L1Loss",
     "MSELoss",
@@ -33,6 +35,53 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class FocalLoss(_WeightedLoss):
+    """Focal loss of logits and class indices, by :func:`fusedstep.functional.focal_loss`.
+
+    Torch has no such module; this one follows its conventions: ``weight`` is a buffer, the other
+    arguments are attributes.
+
+    Args:
+        weight: One factor per class, of shape ``(C)``.
+        gamma: The exponent of ``1 - p``, finite and not negative.
+        ignore_index: A class index whose rows add nothing.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+    """
+
+    __constants__ = ["ignore_index", "gamma", "reduction"]  # noqa: RUF012 (torch's convention)
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        gamma: float = 2.0,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(weight, reduction=reduction)
+        self.gamma = gamma
+        self.ignore_index = ignore_index
+
+    def extra_repr(self) -> str:
+        """Return the exponent, and what else is not the default."""
+        shown = [f"gamma={self.gamma}"]
+        if self.ignore_index != -100:
+            shown.append(f"ignore_index={self.ignore_index}")
+        if self.reduction != "mean":
+            shown.append(f"reduction={self.reduction!r}")
+        return ", ".join(shown)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of logits ``input`` against class indices ``target``."""
+        return F.focal_loss(
+            input,
+            target,
+            self.gamma,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
         )
 
 

@@ -96,8 +96,8 @@ def test_options_of_the_accelerator(options: dict[str, Any], device: str) -> Non
         trained(kit, net, x, t, device, **options) for kit in (OURS, OUR_LOSS, NATIVE)
     )
     identical(ours, our_loss)
-    # A gradient that autocast rounds to 16 bits may go to either neighbour.
-    near = {"rtol": 0.02, "atol": 2e-3} if "mixed_precision" in options else {}
+    # A 16-bit gradient may be rounded to either neighbour: at most 4e-4 of a weight was seen.
+    near = {"rtol": 0.0, "atol": 2e-3} if "mixed_precision" in options else {}
     torch.testing.assert_close(ours, native, **near)
 
 
@@ -105,7 +105,7 @@ def test_loss_scale(card: str) -> None:
     """float16 with Accelerate's GradScaler, which needs a card."""
     net, x, t = task()
     ours, native = (trained(kit, net, x, t, card, mixed_precision="fp16") for kit in (OURS, NATIVE))
-    torch.testing.assert_close(ours, native, rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(ours, native, rtol=0.0, atol=2e-3)
 
 
 @pytest.mark.parametrize(("first", "second"), [(OURS, NATIVE), (NATIVE, OURS)])

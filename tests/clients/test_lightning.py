@@ -102,8 +102,8 @@ def test_options_of_the_trainer(options: dict[str, Any], device: str, tmp_path: 
         metrics[kit] = model.accuracy.compute(), model.mean_loss.compute()
     identical(ended[OURS], ended[OUR_LOSS])
     identical(metrics[OURS], metrics[OUR_LOSS])
-    # A gradient that autocast rounds to 16 bits may go to either neighbour.
-    near = {"rtol": 0.02, "atol": 2e-3} if "bf16" in options.get("precision", "") else {}
+    # A 16-bit gradient may be rounded to either neighbour: at most 4e-4 of a weight was seen.
+    near = {"rtol": 0.0, "atol": 2e-3} if "bf16" in options.get("precision", "") else {}
     torch.testing.assert_close(ended[OURS], ended[NATIVE], **near)
     torch.testing.assert_close(metrics[OURS][1], metrics[NATIVE][1], **near)
 

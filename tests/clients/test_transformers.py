@@ -97,8 +97,8 @@ def test_options_of_the_trainer(options: dict[str, Any], tmp_path: Path) -> None
         losses[kit] = run.train().training_loss
         ended[kit] = weights(run.model)
     identical(ended[OURS], ended[OUR_LOSS])
-    # A gradient that autocast rounds to 16 bits may go to either neighbour.
-    near = {"rtol": 0.02, "atol": 2e-3} if "bf16" in options else {}
+    # A 16-bit gradient may be rounded to either neighbour: at most 4e-4 of a weight was seen.
+    near = {"rtol": 0.0, "atol": 2e-3} if "bf16" in options else {}
     torch.testing.assert_close(ended[OURS], ended[NATIVE], **near)
     assert losses[OURS] == pytest.approx(losses[NATIVE], rel=1e-3 if near else 1e-5)
 
