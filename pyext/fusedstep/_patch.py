@@ -61,7 +61,16 @@ _REPLACEMENTS = [
     ),
     *(
         _Replacement(torch.optim.SGD, "torch.optim.SGD", name, vars(optim.SGD)[name])
-        for name in ("step", "zero_grad", "_step_by_torch", "_step_supports_amp_scaling")
+        for name in (
+            "step",
+            "zero_grad",
+            "_step_by_torch",
+            "_step_supports_amp_scaling",
+            "_master_of",  # what follows is what these read
+            "_rounding",
+            "master_weights",
+            "in_backward",
+        )
     ),
     _Replacement(
         multiprocessing.spawn,
