@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,12 @@ class BuildFusedstep(BuildExtension):
         self.force = True
 
     def run(self) -> None:
+        compiler = os.environ.get("CXX", "c++")
+        if shutil.which(shlex.split(compiler)[0]) is None:
+            sys.exit(
+                f"fusedstep needs a C++20 compiler and {compiler} is not on PATH: install g++, or "
+                "name another compiler in CXX"
+            )
         if WITHOUT_CUDA:
             print(f"fusedstep: building without CUDA: {WITHOUT_CUDA}")
         else:

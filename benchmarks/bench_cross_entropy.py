@@ -1,25 +1,26 @@
 """Cross-entropy forward and backward: fusedstep against torch, and against what the machine allows.
 
-Measured is `x.grad = None; f(x, y).backward()` on standard-normal logits x, in one interleaved run
-with two floors: the autograd round trip `x.grad = None; x.sum().backward()`, below which no small
+Measured is `f(x, y).backward(); x.grad = None` on standard-normal logits x, in one interleaved run
+with the floors: the autograd round trip `x.sum().backward(); x.grad = None`, below which no small
 loss can go, and one read and one write of the logits, below which no large one can: on the CPU
-`torch.exp(x)`, whose exponentials no loss is without, on CUDA `copy_()`. FLOOR_ELEMENTS says where
-on the CPU the one gives way to the other; on CUDA the floor is the one that took longer. Before
-that fusedstep's loss and gradient are compared with torch's in float64; where they differ nothing
-is timed. For z-loss and focal loss, which torch has not, native is what one writes with it.
+`copy_()` and `torch.exp(x)`, whose exponentials no loss is without, on CUDA as many bytes at the
+rate of a large copy. On the CPU FLOOR_ELEMENTS says where the round trip gives way to exp; on CUDA
+the floor is the one that took longer. Before that
+everyone's loss and gradient are compared with torch's in float64; who differs is not timed.
 
-On CUDA the operands, their gradients with them, rotate through more memory than the L2 cache holds;
-the share of copy bandwidth counts one read and one write of the logits, and the peak memory is what
-forward and backward hold at once beyond their operands.
+On CUDA the operands, their gradients with them, rotate through more memory than the L2 cache holds.
+
+Torch has no focal loss and no z-loss: its part there is what one writes of its operators, which in
+float64 is the reference.
 """
 
 import math
-import statistics
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,16 @@ from torch import Tensor
 from typer import Option
 
 import cli
-import report
-from correctness import require_close
-from timing import Call, Spread, buffer_sets, measure, peak_bytes
+import driver
+import launches
+import suite
+from correctness import require_close, require_close_in_norm
+from peers import LOSSES, TOLERANCE, Unmeasured, compiled
+from suite import LARGE_COPY, OURS, Calls, Row, Session, Work, large_copy
+from timing import Call, buffer_sets
 
 FLOOR_ELEMENTS = 256_000
+REFERENCE_ELEMENTS = 2**24  # of the logits that are computed in float64 at once
 
 SIZES = "1x10,64x10,512x10,4096x10,256x100,256x1000,1024x1000,128x32000,64x128256"
 DTYPES = {
@@ -43,25 +49,27 @@ DTYPES = {
 
 CrossEntropy = Callable[..., Tensor]
 
-
-def native_z_loss(x: Tensor, y: Tensor, z_loss: float) -> Tensor:
-    return F.cross_entropy(x, y) + z_loss * torch.logsumexp(x, 1).square().mean()
-
-
-def native_focal_loss(x: Tensor, y: Tensor, gamma: float) -> Tensor:
-    log_p = F.log_softmax(x, 1).gather(1, y.unsqueeze(1))
-    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+GAMMA = 2.0
+Z_LOSS = 1e-4
 
 
-def fused_z_loss(x: Tensor, y: Tensor, z_loss: float) -> Tensor:
-    functional = cli.require_fusedstep().functional
-    loss: Tensor = functional.cross_entropy_with_lse(x, y, z_loss=z_loss)[0]
-    return loss
+def focal_loss(x: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
+    log_p = x.log_softmax(1).gather(1, y.unsqueeze(1)).squeeze(1)
+    losses = -((1 - log_p.exp()) ** GAMMA) * log_p
+    return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def fused_focal_loss(x: Tensor, y: Tensor, gamma: float) -> Tensor:
-    loss: Tensor = cli.require_fusedstep().functional.focal_loss(x, y, gamma)
-    return loss
+def z_loss(x: Tensor, y: Tensor, *, reduction: str = "mean") -> Tensor:
+    squares = Z_LOSS * x.logsumexp(1).square()
+    added = squares.mean() if reduction == "mean" else squares.sum()
+    return F.cross_entropy(x, y, reduction=reduction) + added
+
+
+NATIVE: dict[str, CrossEntropy] = {
+    "cross_entropy": F.cross_entropy,
+    "focal_loss": focal_loss,
+    "z_loss": z_loss,
+}
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,11 @@ class Operands:
     y: Tensor
     options: Mapping[str, Any]
 
-    def double(self) -> "Operands":
-        options = {
+    def double_options(self) -> dict[str, Any]:
+        return {
             name: value.double() if isinstance(value, Tensor) else value
             for name, value in self.options.items()
         }
-        y = self.y.double() if self.y.is_floating_point() else self.y
-        return Operands(self.x.detach().double().requires_grad_(), y, options)
 
     def loss_and_gradient(self, cross_entropy: CrossEntropy) -> tuple[Tensor, Tensor]:
         loss = cross_entropy(self.x, self.y, **self.options)
@@ -88,8 +94,8 @@ class Operands:
         x, y = self.x, self.y
 
         def call() -> None:
-            x.grad = None
             f(x, y).backward()
+            x.grad = None
 
         return call
 
@@ -97,50 +103,37 @@ class Operands:
         x = self.x
 
         def call() -> None:
-            x.grad = None
             x.sum().backward()
+            x.grad = None
 
         return call
 
     def exp(self) -> Call:
-        x, logits = self.x, self.x.detach()
-
-        def call() -> None:
-            x.grad = None
-            torch.exp(logits)
-
-        return call
+        return partial(torch.exp, self.x.detach())
 
     def copy(self) -> Call:
         logits = self.x.detach()
         return partial(torch.empty_like(logits).copy_, logits)
 
-    def peak_bytes(self, cross_entropy: CrossEntropy) -> int | None:
-        self.x.grad = None
-        return peak_bytes(self.forward_backward(cross_entropy), self.x.device.type)
-
 
 @dataclass(frozen=True)
-class Case:
+class Case(suite.Comparison):
+    operation: ClassVar = "cross_entropy"
+    seconds: ClassVar = 4.0
     name: str
     shape: tuple[int, ...]
     channels_last: bool = False
     label_smoothing: float = 0.0
     weighted: bool = False
     probabilities: bool = False
-    z_loss: float = 0.0
-    gamma: float = 0.0
+    loss: str = "cross_entropy"
 
-    def implementations(self, ours: CrossEntropy) -> tuple[CrossEntropy, CrossEntropy]:
-        """Native and fusedstep's, where `ours` is its cross-entropy."""
-        if self.z_loss:
-            return native_z_loss, fused_z_loss
-        if self.gamma:
-            return native_focal_loss, fused_focal_loss
-        return F.cross_entropy, ours
+    def __str__(self) -> str:
+        return self.name
 
-    def operands(self, dtype: torch.dtype, device: str) -> Operands:
+    def operands(self, device: str) -> Operands:
         torch.manual_seed(0)
+        dtype = DTYPES[self.dtype]
         batch, classes, *positions = self.shape
         x = torch.randn(self.shape, device=device).to(dtype)
         if self.channels_last:
@@ -152,13 +145,135 @@ class Case:
         options: dict[str, Any] = {}
         if self.label_smoothing:
             options["label_smoothing"] = self.label_smoothing
-        if self.z_loss:
-            options["z_loss"] = self.z_loss
-        if self.gamma:
-            options["gamma"] = self.gamma
         if self.weighted:
             options["weight"] = torch.rand(classes, device=device).add(0.5).to(dtype)
         return Operands(x.requires_grad_(), y, options)
+
+    def operand_sets(self, device: str) -> list[Operands]:
+        """Equal operands, in as many places as calls must rotate through."""
+        first = self.operands(device)
+        copies = buffer_sets(first.x.nbytes, device)
+        return [first, *(self.operands(device) for _ in range(copies - 1))]
+
+    def ours(self, functional: ModuleType) -> CrossEntropy:
+        if self.loss == "z_loss":
+            with_lse = partial(functional.cross_entropy_with_lse, z_loss=Z_LOSS)
+            return lambda x, y: with_lse(x, y)[0]
+        function: CrossEntropy = getattr(functional, self.loss)
+        return function
+
+    def work(self, session: Session) -> Work:
+        sets = self.operand_sets(session.device)
+
+        def ours() -> Calls:
+            function = self.ours(session.fusedstep.functional)
+            self.check(OURS, function, sets[0])
+            return [operands.forward_backward(function) for operands in sets]
+
+        def others(name: str) -> Calls:
+            other = LOSSES[name]
+            if other.plain_matrices_only and not self.is_plain_matrix:
+                raise Unmeasured("not covered")
+            if other.compiles:
+                session.require_time_to_compile()
+            if self.loss == "cross_entropy":
+                function = other.load()
+            else:
+                native = NATIVE[self.loss]
+                function = compiled(native) if other.compiles else native
+            self.check(name, function, sets[0])
+            own = self.operand_sets(session.device) if other.overwrites_logits else sets
+            return [operands.forward_backward(function) for operands in own]
+
+        return Work(
+            "native",
+            {OURS: ours} | {name: partial(others, name) for name in LOSSES},
+            floors(sets, session.device),
+            None if session.device == "cuda" else self.cpu_floor,
+            2 * sets[0].x.nbytes,
+        )
+
+    @property
+    def is_plain_matrix(self) -> bool:
+        return len(self.shape) == 2 and self == replace(
+            self, label_smoothing=0.0, weighted=False, probabilities=False, loss="cross_entropy"
+        )
+
+    @property
+    def cpu_floor(self) -> str:
+        return "exp" if math.prod(self.shape) >= FLOOR_ELEMENTS else "round trip"
+
+    def check(self, name: str, function: CrossEntropy, reference: Operands) -> None:
+        """Compares the loss and gradient of `function`, on operands of its own that equal those of
+        `reference`, with torch's in float64, a part of the batch at a time."""
+        dtype, x, y = DTYPES[self.dtype], reference.x.detach(), reference.y
+        loss, gradient = self.operands(x.device.type).loss_and_gradient(function)
+        options = reference.double_options()
+        weight = options.get("weight")
+        rows = y.numel() if not self.probabilities else y.numel() // y.shape[1]
+        divisor = rows if weight is None else weight[y].sum()
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        batch = max(1, REFERENCE_ELEMENTS // math.prod(self.shape[1:]))
+        parts = zip(x.split(batch), y.split(batch), gradient.split(batch), strict=True)
+        for x_part, y_part, actual in parts:
+            x_part = x_part.double().requires_grad_()
+            y_part = y_part.double() if self.probabilities else y_part
+            share = NATIVE[self.loss](x_part, y_part, reduction="sum", **options) / divisor
+            (expected,) = torch.autograd.grad(share, x_part)
+            require(f"the gradient of {self} by {name}", actual, expected, dtype, name == OURS)
+            total += share.detach()
+        require(f"the loss of {self} by {name}", loss, total, dtype, name == OURS)
+
+    def looked_into(self, row: Row, session: Session) -> Row:
+        ours = self.ours(session.fusedstep.functional)
+        operands = self.operands(session.device)
+        parts = halves(OURS, ours, operands) | halves("native", NATIVE[self.loss], operands)
+        return replace(
+            row,
+            launched=launches.count(parts, session.device),
+            replayed=is_replayed(ours, operands),
+        )
+
+
+def floors(sets: Sequence[Operands], device: str) -> dict[str, Calls]:
+    round_trip: dict[str, Calls] = {"round trip": [operands.round_trip() for operands in sets]}
+    if device == "cuda":
+        return round_trip | {LARGE_COPY: large_copy(device)}
+    (operands,) = sets
+    return round_trip | {"exp": [operands.exp()], "copy": [operands.copy()]}
+
+
+def halves(name: str, function: CrossEntropy, operands: Operands) -> dict[str, Call]:
+    """Forward and, to be called after it, backward from a gradient that exists already."""
+    x, y = operands.x, operands.y
+    one = torch.ones_like(function(x, y, **operands.options).detach())
+    held: list[Tensor] = []
+
+    def forward() -> None:
+        x.grad = None
+        held[:] = [function(x, y, **operands.options)]
+
+    def backward() -> None:
+        held[0].backward(one)
+
+    return {f"{name} forward": forward, f"{name} backward": backward}
+
+
+def is_replayed(function: CrossEntropy, operands: Operands) -> bool:
+    """Whether a captured CUDA graph, replayed on new values, gives the bits of an eager call."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = operands.loss_and_gradient(function)
+    operands.x.detach().neg_()
+    graph.replay()
+    return all(map(torch.equal, replayed, operands.loss_and_gradient(function)))
+
+
+def require(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype, exactly: bool) -> None:
+    if exactly:
+        require_exact(f"{what} in {dtype}", actual, expected, dtype)
+    else:
+        require_close_in_norm(f"{what} in {dtype}", actual, expected, TOLERANCE[dtype])
 
 
 SHAPES = [
@@ -167,78 +282,11 @@ SHAPES = [
     Case("256x1000, label smoothing", (256, 1000), label_smoothing=0.1),
     Case("256x1000, class weights", (256, 1000), weighted=True),
     Case("256x1000, probability targets", (256, 1000), probabilities=True),
-    Case("256x1000, z-loss", (256, 1000), z_loss=1e-4),
-    Case("128x32000, z-loss", (128, 32000), z_loss=1e-4),
-    Case("256x1000, focal", (256, 1000), gamma=2.0),
-    Case("4x21x128x128, focal", (4, 21, 128, 128), gamma=2.0),
+    Case("256x1000, focal loss", (256, 1000), loss="focal_loss"),
+    Case("4x21x128x128, focal loss", (4, 21, 128, 128), loss="focal_loss"),
+    Case("256x1000, z-loss", (256, 1000), loss="z_loss"),
+    Case("128x32000, z-loss", (128, 32000), loss="z_loss"),
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(cli.BenchmarkOptions):
-    """Time cross-entropy forward and backward, fusedstep against torch."""
-
-    sizes: Annotated[str, Option(help="Batch x classes, comma-separated.")] = SIZES
-    shapes: Annotated[bool, Option(help="Also time images, weights, soft targets.")] = True
-    dtypes: Annotated[str, Option(help=f"Of {', '.join(DTYPES)}.")] = "float32"
-
-    @property
-    def cases(self) -> list[Case]:
-        return [case(size) for size in self.sizes.split(",")] + (SHAPES if self.shapes else [])
-
-
-def case(size: str) -> Case:
-    shape = cli.positive_integers("--sizes", size, separator="x")
-    if len(shape) != 2:
-        raise cli.Refusal(f"--sizes takes sizes like 64x10, not {size!r}")
-    return Case("x".join(map(str, shape)), tuple(shape))
-
-
-@dataclass(frozen=True)
-class Row:
-    case: str
-    dtype: str
-    native: Spread
-    ours: Spread
-    speedup: Spread
-    floor_name: str
-    floor: Spread
-    over_floor: Spread
-    copy_bandwidth: Spread | None
-    """On CUDA: the share of it that fusedstep reaches."""
-    peak_bytes: dict[str, int] | None
-    """On CUDA: of the implementations."""
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "logits": lambda row: row.case,
-    "dtype": lambda row: row.dtype,
-    "native": lambda row: report.seconds(row.native.median),
-    "fusedstep": lambda row: report.seconds(row.ours.median),
-    "native / fusedstep": lambda row: report.spread(row.speedup, report.factor),
-    "floor": lambda row: f"{report.seconds(row.floor.median)} ({row.floor_name})",
-    "fusedstep / floor": lambda row: report.spread(row.over_floor, report.factor),
-}
-CUDA_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "share of copy\nbandwidth": lambda row: (
-        f"{row.copy_bandwidth.median:.0%}" if row.copy_bandwidth else ""
-    ),
-    "peak memory: native, fusedstep": lambda row: (
-        ", ".join(map(report.memory, row.peak_bytes.values())) if row.peak_bytes else ""
-    ),
-}
-
-
-def check(case: Case, dtype: torch.dtype, device: str, ours: CrossEntropy) -> None:
-    operands = case.operands(dtype, device)
-    native, ours = case.implementations(ours)
-    for what, actual, expected in zip(
-        ("the loss", "the gradient"),
-        operands.loss_and_gradient(ours),
-        operands.double().loss_and_gradient(native),
-        strict=True,
-    ):
-        require_exact(f"{what} of {case.name} in {dtype}", actual, expected, dtype)
 
 
 def require_exact(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -255,65 +303,31 @@ def require_exact(what: str, actual: Tensor, expected: Tensor, dtype: torch.dtyp
     )
 
 
-def bench(case: Case, dtype_name: str, options: Options, ours: CrossEntropy) -> Row:
-    dtype, on_cuda = DTYPES[dtype_name], options.device == "cuda"
-    check(case, dtype, options.device, ours)
-    native, ours = case.implementations(ours)
-    sets = operand_sets(case, dtype, options.device)
-    pass_over = "copy" if on_cuda else "exp"
-    measured = measure(
-        {
-            "native": [operands.forward_backward(native) for operands in sets],
-            "ours": [operands.forward_backward(ours) for operands in sets],
-            "round trip": [operands.round_trip() for operands in sets],
-            pass_over: [getattr(operands, pass_over)() for operands in sets],
-        },
-        options.device,
-        options.rounds,
-    )
-    if on_cuda:
-        floor = max("round trip", pass_over, key=lambda name: measured.time(name).median)
-    else:
-        floor = pass_over if math.prod(case.shape) >= FLOOR_ELEMENTS else "round trip"
-    peaks = {"native": sets[0].peak_bytes(native), "ours": sets[0].peak_bytes(ours)}
-    return Row(
-        case.name,
-        dtype_name,
-        measured.time("native"),
-        measured.time("ours"),
-        measured.ratio("native", "ours"),
-        floor,
-        measured.time(floor),
-        measured.ratio("ours", floor),
-        measured.ratio("copy", "ours") if on_cuda else None,
-        {name: peak for name, peak in peaks.items() if peak is not None} or None,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Options(cli.BenchmarkOptions):
+    """Time cross-entropy forward and backward, fusedstep against torch."""
+
+    sizes: Annotated[str, Option(help="Batch x classes, comma-separated.")] = SIZES
+    shapes: Annotated[bool, Option(help="Also time images, weights, other losses.")] = True
+    dtypes: Annotated[str, Option(help=f"Of {', '.join(DTYPES)}.")] = "float32"
+
+    @property
+    def cases(self) -> list[suite.Case]:
+        cases = [sized(size) for size in self.sizes.split(",")] + (SHAPES if self.shapes else [])
+        return [
+            replace(case, dtype=dtype, threads=self.threads)
+            for dtype in cli.items(self.dtypes, DTYPES)
+            for case in cases
+        ]
 
 
-def operand_sets(case: Case, dtype: torch.dtype, device: str) -> list[Operands]:
-    """Equal operands, in as many places as calls must rotate through."""
-    first = case.operands(dtype, device)
-    copies = buffer_sets(first.x.nbytes, device)
-    return [first, *(case.operands(dtype, device) for _ in range(copies - 1))]
-
-
-def main(options: Options) -> None:
-    dtypes = list(cli.items(options.dtypes, DTYPES))
-    work = [(case, dtype) for dtype in dtypes for case in options.cases]
-    ours = cli.require_fusedstep().functional.cross_entropy
-    torch.set_num_threads(options.threads)
-    rows = [bench(case, dtype, options, ours) for case, dtype in report.progress(work)]
-    columns = COLUMNS | CUDA_COLUMNS if options.device == "cuda" else COLUMNS
-    report.show("Cross-entropy forward and backward", columns, rows)
-    sizes = {case(size).name for size in options.sizes.split(",")}
-    summary = {
-        f"geometric mean of native / fusedstep over the sizes, {dtype}": statistics.geometric_mean(
-            row.speedup.median for row in rows if row.dtype == dtype and row.case in sizes
-        )
-        for dtype in dtypes
-    }
-    report.conclude(options, rows, summary)
+def sized(size: str) -> Case:
+    """Of logits such as 64x10 or, for images, 4x21x128x128."""
+    shape = cli.positive_integers("--sizes", size, separator="x")
+    if len(shape) < 2:
+        raise cli.Refusal(f"--sizes takes sizes like 64x10 or 4x21x128x128, not {size!r}")
+    return Case("x".join(map(str, shape)), tuple(shape))
 
 
 if __name__ == "__main__":
-    cli.run(Options, main, sys.argv[1:])
+    cli.run(Options, driver.main, sys.argv[1:])

@@ -6,20 +6,18 @@ round trip `x.sum().backward(); x.grad = None`, below which no small loss can go
 `torch.add(x, t, out=g)`, below which no large one can: it moves three arrays, as a loss must that
 reads input and target once and writes the gradient once; of the exponential and the logarithm that
 binary cross-entropy computes as well it knows nothing. FLOOR_ELEMENTS says where on the CPU the one
-gives way to the other; on CUDA the floor is the one that took longer. Before that fusedstep's loss
-and gradient are compared with torch's in float64; where they differ nothing is timed.
+gives way to the other; on CUDA the floor is the one that took longer. Before that everyone's loss
+and gradient are compared with torch's in float64; who differs is not timed.
 
-On CUDA the operands rotate through more memory than the L2 cache holds, and the peak memory is what
-forward and backward hold at once beyond them.
+On CUDA the operands rotate through more memory than the L2 cache holds.
 """
 
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +25,15 @@ from torch import Tensor
 from typer import Option
 
 import cli
-import report
-from bench_cross_entropy import DTYPES, FLOOR_ELEMENTS, require_exact
-from timing import Call, Spread, buffer_sets, measure, peak_bytes
+import driver
+import suite
+from bench_cross_entropy import DTYPES, FLOOR_ELEMENTS, require
+from peers import compiled
+from suite import OURS, Calls, Session, Work
+from timing import Call, buffer_sets
 
 SIZES = "64x10,1024x1000,64x3x224x224,16777216"
+QUICK_SIZES = "64x10,1024x1000,64x3x224x224"
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -82,19 +84,16 @@ class Operands:
         x = self.x.detach()
         return partial(torch.add, x, self.t, out=torch.empty_like(x))
 
-    def peak_bytes(self, f: Loss) -> int | None:
-        return peak_bytes(self.forward_backward(f), self.x.device.type)
-
 
 @dataclass(frozen=True)
-class Case:
+class Case(suite.Comparison):
+    operation: ClassVar = "pointwise_loss"
+    seconds: ClassVar = 4.0
     loss: str
     shape: tuple[int, ...]
-    dtype: str
 
-    @property
-    def size(self) -> str:
-        return "x".join(map(str, self.shape))
+    def __str__(self) -> str:
+        return f"{self.loss}, {'x'.join(map(str, self.shape))}"
 
     def operands(self, device: str) -> Operands:
         torch.manual_seed(0)
@@ -103,126 +102,75 @@ class Case:
         t = torch.rand(self.shape, device=device).to(dtype)
         return Operands(x.requires_grad_(), t)
 
-    def operand_sets(self, device: str) -> list[Operands]:
-        """Equal operands, in as many places as calls must rotate through."""
-        first = self.operands(device)
-        copies = buffer_sets(first.x.nbytes + first.t.nbytes, device)
-        return [first, *(self.operands(device) for _ in range(copies - 1))]
+    def work(self, session: Session) -> Work:
+        native = LOSSES[self.loss]
+        reference = self.operands(session.device)
+        copies = buffer_sets(reference.x.nbytes + reference.t.nbytes, session.device)
+        sets = [reference, *(self.operands(session.device) for _ in range(copies - 1))]
+
+        def calls(name: str, load: Callable[[], Loss]) -> Calls:
+            function = load()
+            self.check(name, function, reference)
+            return [operands.forward_backward(function) for operands in sets]
+
+        def compile_native() -> Loss:
+            session.require_time_to_compile()
+            return compiled(native)
+
+        loaders: dict[str, Callable[[], Loss]] = {
+            OURS: lambda: getattr(session.fusedstep.functional, self.loss),
+            "native": lambda: native,
+            "compile": compile_native,
+        }
+        return Work(
+            "native",
+            {name: partial(calls, name, load) for name, load in loaders.items()},
+            {
+                "round trip": [operands.round_trip() for operands in sets],
+                "add": [operands.add() for operands in sets],
+            },
+            None if session.device == "cuda" else self.cpu_floor,
+            3 * reference.x.nbytes,
+        )
+
+    @property
+    def cpu_floor(self) -> str:
+        return "add" if math.prod(self.shape) >= FLOOR_ELEMENTS else "round trip"
+
+    def check(self, name: str, function: Loss, operands: Operands) -> None:
+        for what, actual, expected in zip(
+            ("the loss", "the gradient"),
+            operands.loss_and_gradient(function),
+            operands.double().loss_and_gradient(LOSSES[self.loss]),
+            strict=True,
+        ):
+            dtype = DTYPES[self.dtype]
+            require(f"{what} of {self} by {name}", actual, expected, dtype, name == OURS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(cli.BenchmarkOptions):
     """Time pointwise losses forward and backward, fusedstep against torch."""
 
-    sizes: Annotated[str, Option(help="Shapes of the input, comma-separated.")] = SIZES
+    sizes: Annotated[
+        str | None, Option(help="Shapes of the input, comma-separated.", show_default=SIZES)
+    ] = None
     losses: Annotated[str, Option(help="Comma-separated.")] = ",".join(LOSSES)
     dtypes: Annotated[str, Option(help=f"Of {', '.join(DTYPES)}.")] = "float32"
 
     @property
-    def cases(self) -> list[Case]:
+    def cases(self) -> list[suite.Case]:
         shapes = [
             tuple(cli.positive_integers("--sizes", size, separator="x"))
-            for size in self.sizes.split(",")
+            for size in (self.sizes or (QUICK_SIZES if self.quick else SIZES)).split(",")
         ]
         return [
-            Case(loss, shape, dtype)
+            Case(loss, shape, dtype=dtype, threads=self.threads)
             for dtype in cli.items(self.dtypes, DTYPES)
             for loss in cli.items(self.losses, LOSSES)
             for shape in shapes
         ]
 
 
-@dataclass(frozen=True)
-class Row:
-    loss: str
-    size: str
-    dtype: str
-    native: Spread
-    ours: Spread
-    speedup: Spread
-    floor_name: str
-    floor: Spread
-    over_floor: Spread
-    peak_bytes: dict[str, int] | None
-    """On CUDA: of the implementations."""
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "loss": lambda row: row.loss,
-    "input": lambda row: row.size,
-    "dtype": lambda row: row.dtype,
-    "native": lambda row: report.seconds(row.native.median),
-    "fusedstep": lambda row: report.seconds(row.ours.median),
-    "native / fusedstep": lambda row: report.spread(row.speedup, report.factor),
-    "floor": lambda row: f"{report.seconds(row.floor.median)} ({row.floor_name})",
-    "fusedstep / floor": lambda row: report.spread(row.over_floor, report.factor),
-}
-CUDA_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "peak memory: native, fusedstep": lambda row: (
-        ", ".join(map(report.memory, row.peak_bytes.values())) if row.peak_bytes else ""
-    ),
-}
-
-
-def check(case: Case, operands: Operands, ours: Loss) -> None:
-    for what, actual, expected in zip(
-        ("the loss", "the gradient"),
-        operands.loss_and_gradient(ours),
-        operands.double().loss_and_gradient(LOSSES[case.loss]),
-        strict=True,
-    ):
-        name = f"{what} of {case.loss} for {case.size} in {case.dtype}"
-        require_exact(name, actual, expected, DTYPES[case.dtype])
-
-
-def bench(case: Case, options: Options, ours: Loss) -> Row:
-    on_cuda, native = options.device == "cuda", LOSSES[case.loss]
-    sets = case.operand_sets(options.device)
-    check(case, sets[0], ours)
-    measured = measure(
-        {
-            "native": [operands.forward_backward(native) for operands in sets],
-            "ours": [operands.forward_backward(ours) for operands in sets],
-            "round trip": [operands.round_trip() for operands in sets],
-            "add": [operands.add() for operands in sets],
-        },
-        options.device,
-        options.rounds,
-    )
-    if on_cuda:
-        floor = max("round trip", "add", key=lambda name: measured.time(name).median)
-    else:
-        floor = "add" if math.prod(case.shape) >= FLOOR_ELEMENTS else "round trip"
-    peaks = {"native": sets[0].peak_bytes(native), "ours": sets[0].peak_bytes(ours)}
-    return Row(
-        case.loss,
-        case.size,
-        case.dtype,
-        measured.time("native"),
-        measured.time("ours"),
-        measured.ratio("native", "ours"),
-        floor,
-        measured.time(floor),
-        measured.ratio("ours", floor),
-        {name: peak for name, peak in peaks.items() if peak is not None} or None,
-    )
-
-
-def main(options: Options) -> None:
-    cases = options.cases
-    functional = cli.require_fusedstep().functional
-    torch.set_num_threads(options.threads)
-    rows = [bench(case, options, getattr(functional, case.loss)) for case in report.progress(cases)]
-    columns = COLUMNS | CUDA_COLUMNS if options.device == "cuda" else COLUMNS
-    report.show("Pointwise losses forward and backward", columns, rows)
-    summary = {
-        f"geometric mean of native / fusedstep, {dtype}": statistics.geometric_mean(
-            row.speedup.median for row in rows if row.dtype == dtype
-        )
-        for dtype in cli.items(options.dtypes, DTYPES)
-    }
-    report.conclude(options, rows, summary)
-
-
 if __name__ == "__main__":
-    cli.run(Options, main, sys.argv[1:])
+    cli.run(Options, driver.main, sys.argv[1:])

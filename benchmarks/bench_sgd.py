@@ -1,21 +1,22 @@
-"""The SGD update: fusedstep against torch's three implementations, and against memory bandwidth.
+"""The SGD update: fusedstep against torch's implementations, and against memory bandwidth.
 
-Measured is the whole `optimizer.step()`, called from Python, on float32 parameters with their
-gradients in place, in one interleaved run with the floor: one tensor operation that moves as many
-bytes, on the CPU `flat.add_(gradient)`, on CUDA `flat.copy_(gradient)`. An add_ moves three floats
-an element, as the plain update does; an update with momentum moves five, so its floor is an add_ of
-5/3 as many floats: measured, not scaled, because a cache that holds three arrays may not hold five.
-Before that three steps of fusedstep are compared with torch's for-loop in float64; where they
-differ nothing is timed. On CUDA the operands rotate through more memory than the L2 cache holds.
+Measured is the whole `optimizer.step()`, called from Python, with the gradients in place, in one
+interleaved run with the floor: on CUDA as many bytes at the rate of a large copy, on the CPU one
+`flat.add_(gradient)` that moves as many. An add_ moves three floats an element, as the plain update
+does; an update with momentum moves five, so its floor is an add_ of 5/3 as many floats: measured,
+not scaled, because a cache that holds three arrays may not hold five. Everyone updates the same
+parameters by the same gradients, with momentum buffers of their own.
+Before that three steps of everyone's are compared with torch's for-loop in float64; who differs is
+not timed. On CUDA the operands rotate through more memory than the L2 cache holds.
 """
 
 import math
-import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,22 @@ from torch.optim import SGD
 from typer import Option
 
 import cli
-import report
+import driver
+import launches
+import suite
+from bench_cross_entropy import DTYPES
 from correctness import require_close, require_close_in_norm
-from models import NETWORKS
-from timing import Call, Spread, buffer_sets, measure
+from models import NETWORKS, resnet18
+from peers import DEFAULT_OPTIMIZER, OPTIMIZERS, Unmeasured
+from suite import LARGE_COPY, OURS, Calls, Row, Session, Work, large_copy
+from timing import Call, buffer_sets
 
 Shapes = Sequence[tuple[int, ...]]
+Optimizer = Callable[..., SGD]
 
 LR = 0.1
+MOST_COMPILED = 20  # tensors: hundreds take minutes to compile
+MOST_CHECKED = 2**24  # floats of one set that is compared with the reference
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -40,17 +49,6 @@ def shapes_of(model: nn.Module) -> Shapes:
 def conv(inputs: int, outputs: int, size: int) -> Shapes:
     """A convolution without bias and its batch normalisation."""
     return [(outputs, inputs, size, size), (outputs,), (outputs,)]
-
-
-def resnet18() -> Shapes:
-    """The 62 parameters, 11,689,512 floats, of a ResNet-18 for 1,000 classes."""
-    net = [*conv(3, 64, 7)]
-    for inputs, outputs in ((64, 64), (64, 128), (128, 256), (256, 512)):
-        net += [*conv(inputs, outputs, 3), *conv(outputs, outputs, 3)]
-        if inputs != outputs:
-            net += conv(inputs, outputs, 1)
-        net += [*conv(outputs, outputs, 3), *conv(outputs, outputs, 3)]
-    return [*net, (1000, 512), (1000,)]
 
 
 def resnet50() -> Shapes:
@@ -70,7 +68,7 @@ def resnet50() -> Shapes:
 SETS: dict[str, Callable[[], Shapes]] = {
     "cifar": lambda: shapes_of(NETWORKS["cifar"].build()),
     "lenet": lambda: shapes_of(NETWORKS["lenet"].build()),
-    "resnet18": resnet18,
+    "resnet18": lambda: shapes_of(resnet18()),
     "many": lambda: [(1000,)] * 1000,
     "flat": lambda: [(13_000_000,)],
     "resnet50": resnet50,
@@ -96,18 +94,142 @@ MODES = {
 
 
 @dataclass(frozen=True)
-class Floor:
-    operation: Callable[[Tensor, Tensor], Tensor]
-    floats_moved: int
+class Case(suite.Comparison):
+    operation: ClassVar = "sgd"
+    seconds: ClassVar = 4.0
+    name: str
+    shapes: Shapes
+    mode: str
+
+    def __str__(self) -> str:
+        tensors = f"{len(self.shapes):,} tensor{'s'[: len(self.shapes) > 1]}"
+        size = f"{tensors}, {self.floats:,} floats, {self.mode}"
+        return f"{self.name}: {size}" if self.name else size
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def floats(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def bytes_moved(self) -> int:
+        return self.floats * MODES[self.mode].floats_moved * self.torch_dtype.itemsize
+
+    @property
+    def tolerance(self) -> float:
+        """Of the norm of a 16-bit parameter that is rounded by every step."""
+        return 1.5 * torch.finfo(self.torch_dtype).eps
+
+    def ours(self, fusedstep: ModuleType) -> Optimizer:
+        optimizer: Optimizer = fusedstep.SGD
+        return optimizer
+
+    def other(self, name: str) -> Optimizer:
+        return OPTIMIZERS[name].load()
+
+    def work(self, session: Session) -> Work:
+        mode, device, dtype = MODES[self.mode], session.device, self.torch_dtype
+        copies = buffer_sets(self.floats * dtype.itemsize, device)
+        sets = [self.parameters(dtype, device) for _ in range(copies)]
+
+        def steps(name: str, make: Optimizer, places: int = copies) -> Calls:
+            self.check(name, make, device)
+            return [make(parameters, lr=LR, **mode.settings).step for parameters in sets[:places]]
+
+        def others(name: str) -> Calls:
+            if not OPTIMIZERS[name].compiles:
+                return steps(name, self.other(name))
+            if len(self.shapes) > MOST_COMPILED:
+                raise Unmeasured("not tried: hundreds of tensors take minutes to compile")
+            session.require_time_to_compile()
+            return steps(name, self.other(name), 1)  # each optimizer would be compiled anew
+
+        def add() -> Calls:
+            flat = torch.randn(2, self.bytes_moved // (3 * torch.float32.itemsize))
+            return [partial(Tensor.add_, *flat)]
+
+        return Work(
+            DEFAULT_OPTIMIZER[device],
+            {OURS: partial(steps, OURS, self.ours(session.fusedstep))}
+            | {name: partial(others, name) for name in OPTIMIZERS},
+            {LARGE_COPY: large_copy(device)} if device == "cuda" else {"add_": add()},
+            bytes_moved=self.bytes_moved,
+        )
+
+    def parameters(self, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
+        """Random ones with random gradients, in any `dtype` the same values of the case's own."""
+        torch.manual_seed(0)
+
+        def random(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, device=device).to(self.torch_dtype).to(dtype)
+
+        parameters = [nn.Parameter(random(shape)) for shape in self.shapes]
+        for parameter in parameters:
+            parameter.grad = random(parameter.shape)
+        return parameters
+
+    def optimizer(self, make: Optimizer, dtype: torch.dtype, device: str, **settings: Any) -> SGD:
+        parameters = self.parameters(dtype, device)
+        return make(parameters, lr=LR, **MODES[self.mode].settings, **settings)
+
+    def check(self, name: str, make: Optimizer, device: str) -> None:
+        case, dtype = self.shrunk(), self.torch_dtype
+        actual = case.optimizer(make, dtype, device)
+        expected = case.optimizer(SGD, torch.float64, device, foreach=False)
+        for _ in range(3):
+            actual.step()
+            expected.step()
+        pairs = zip(parameters_of(actual), parameters_of(expected), strict=True)
+        for parameter, reference in pairs:
+            what = f"a parameter of {self} in {dtype} after three steps by {name}"
+            if dtype == torch.float32:
+                require_close(what, parameter.detach(), reference.detach(), rtol=1e-6, atol=4e-6)
+            else:
+                require_close_in_norm(what, parameter.detach(), reference.detach(), self.tolerance)
+
+    def shrunk(self) -> "Case":
+        """With fewer floats where a copy in float64 would not fit beside what is measured."""
+        if self.floats <= MOST_CHECKED:
+            return self
+        largest = MOST_CHECKED // len(self.shapes)
+        return replace(self, shapes=[(min(math.prod(s), largest),) for s in self.shapes])
+
+    def looked_into(self, row: Row, session: Session) -> Row:
+        device, dtype = session.device, self.torch_dtype
+        ours = self.ours(session.fusedstep)
+        makes: dict[str, Optimizer] = {OURS: ours} | {
+            name: self.other(name)
+            for name, other in OPTIMIZERS.items()
+            if other.package == "torch" and not other.compiles
+        }
+        steps: dict[str, Call] = {
+            name: self.optimizer(make, dtype, device).step for name, make in makes.items()
+        }
+        return replace(
+            row,
+            launched=launches.count(steps, device),
+            replayed=self.is_replayed(ours, device),
+        )
+
+    def is_replayed(self, ours: Optimizer, device: str) -> bool | None:
+        """Whether a captured CUDA graph, replayed, gives the bits of an eager step."""
+        captured, eager = (self.optimizer(ours, self.torch_dtype, device) for _ in range(2))
+        for optimizer in (captured, eager):
+            optimizer.step()  # makes the momentum buffers
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.step()
+        graph.replay()
+        eager.step()
+        return all(map(torch.equal, *map(parameters_of, (captured, eager))))
 
 
-FLOORS = {"cpu": Floor(Tensor.add_, 3), "cuda": Floor(Tensor.copy_, 2)}
-
-BASELINES: dict[str, dict[str, Any]] = {
-    "for-loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
+def parameters_of(optimizer: SGD) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,134 +238,17 @@ class Options(cli.BenchmarkOptions):
 
     sets: Annotated[str, Option(help=f"Parameter sets, of {', '.join(SETS)}.")] = CPU_SETS
     modes: Annotated[str, Option(help="Updates, comma-separated.")] = ",".join(MODES)
+    dtypes: Annotated[str, Option(help=f"Of {', '.join(DTYPES)}.")] = "float32"
 
-
-@dataclass(frozen=True)
-class Row:
-    set: str
-    tensors: int
-    floats: int
-    mode: str
-    native: dict[str, Spread]
-    ours: Spread
-    speedup: dict[str, Spread]
-    floor: Spread
-    bandwidth: Spread
-    """The floor's time over ours: the share of its bandwidth that the step reaches."""
-
-
-def columns() -> dict[str, Callable[[Row], str]]:
-    def native(name: str, row: Row) -> str:
-        return report.seconds(row.native[name].median)
-
-    def speedup(name: str, row: Row) -> str:
-        return report.factor(row.speedup[name].median)
-
-    return {
-        "parameters": lambda row: row.set,
-        "tensors": lambda row: f"{row.tensors:,}",
-        "floats": lambda row: f"{row.floats:,}",
-        "update": lambda row: row.mode,
-        **{name: partial(native, name) for name in BASELINES},
-        "fusedstep": lambda row: report.seconds(row.ours.median),
-        **{f"{name}\n/ ours": partial(speedup, name) for name in BASELINES},
-        "floor": lambda row: report.seconds(row.floor.median),
-        "ours\n– floor": lambda row: report.seconds(row.ours.median - row.floor.median),
-        "share of\nbandwidth": lambda row: f"{row.bandwidth.median:.0%}",
-    }
-
-
-def optimizer(
-    make: Callable[..., SGD], shapes: Shapes, dtype: torch.dtype, device: str, **settings: Any
-) -> SGD:
-    """One over random parameters with random gradients, the same at every call on one device."""
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.randn(parameter.shape, device=device).to(dtype)
-    return make(parameters, lr=LR, **settings)
-
-
-def check(
-    set_name: str,
-    mode_name: str,
-    device: str,
-    ours: Callable[..., SGD],
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    shapes, settings = SETS[set_name](), MODES[mode_name].settings
-    actual = optimizer(ours, shapes, dtype, device, **settings)
-    expected = optimizer(SGD, shapes, torch.float64, device, foreach=False, **settings)
-    for _ in range(3):
-        actual.step()
-        expected.step()
-    for parameter, reference in zip(parameters(actual), parameters(expected), strict=True):
-        what = f"a parameter of {set_name} in {dtype} after three {mode_name} steps"
-        if dtype == torch.float32:
-            require_close(what, parameter.detach(), reference.detach(), rtol=1e-6, atol=4e-6)
-        else:  # rounded at the start and by every step
-            tolerance = 1.5 * torch.finfo(dtype).eps
-            require_close_in_norm(what, parameter.detach(), reference.detach(), tolerance)
-
-
-def parameters(optimizer: SGD) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def bench(set_name: str, mode_name: str, options: Options, ours: type[SGD]) -> Row:
-    check(set_name, mode_name, options.device, ours)
-    shapes, mode = SETS[set_name](), MODES[mode_name]
-    floats = sum(math.prod(shape) for shape in shapes)
-    copies = range(buffer_sets(floats * torch.float32.itemsize, options.device))
-
-    def steps(make: Callable[..., SGD], **settings: Any) -> list[Call]:
+    @property
+    def cases(self) -> list[suite.Case]:
         return [
-            optimizer(make, shapes, torch.float32, options.device, **settings).step for _ in copies
+            Case(name, shapes(), mode, dtype=dtype, threads=self.threads)
+            for dtype in cli.items(self.dtypes, DTYPES)
+            for name, shapes in cli.items(self.sets, SETS).items()
+            for mode in cli.items(self.modes, MODES)
         ]
-
-    def floor() -> list[Call]:
-        floor = FLOORS[options.device]
-        as_many = floats * mode.floats_moved // floor.floats_moved
-        flat = [torch.randn(2, as_many, device=options.device) for _ in copies]
-        return [partial(floor.operation, parameter, gradient) for parameter, gradient in flat]
-
-    measured = measure(
-        {
-            "ours": steps(ours, **mode.settings),
-            "floor": floor(),
-            **{name: steps(SGD, **mode.settings, **which) for name, which in BASELINES.items()},
-        },
-        options.device,
-        options.rounds,
-    )
-    return Row(
-        set_name,
-        len(shapes),
-        floats,
-        mode_name,
-        native={name: measured.time(name) for name in BASELINES},
-        ours=measured.time("ours"),
-        speedup={name: measured.ratio(name, "ours") for name in BASELINES},
-        floor=measured.time("floor"),
-        bandwidth=measured.ratio("floor", "ours"),
-    )
-
-
-def main(options: Options) -> None:
-    sets, modes = cli.items(options.sets, SETS), cli.items(options.modes, MODES)
-    work = [(set_name, mode_name) for set_name in sets for mode_name in modes]
-    ours = cli.require_fusedstep().SGD
-    torch.set_num_threads(options.threads)
-    rows = [bench(*names, options, ours) for names in report.progress(work)]
-    report.show("SGD.step()", columns(), rows)
-    summary = {
-        f"geometric mean of {name} / fusedstep": statistics.geometric_mean(
-            row.speedup[name].median for row in rows
-        )
-        for name in BASELINES
-    }
-    report.conclude(options, rows, summary)
 
 
 if __name__ == "__main__":
-    cli.run(Options, main, sys.argv[1:])
+    cli.run(Options, driver.main, sys.argv[1:])

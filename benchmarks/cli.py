@@ -63,7 +63,12 @@ class BenchmarkOptions:
 
     @property
     def rounds(self) -> int:
-        return 5 if self.quick else 31
+        return 11 if self.quick else 31
+
+    @property
+    def seconds_per_case(self) -> float:
+        """After which rounds are left out, but for the least number of them."""
+        return 1.5 if self.quick else 20.0
 
 
 def items(text: str, choices: Mapping[str, T]) -> dict[str, T]:
@@ -110,6 +115,13 @@ def require_kernels(device: str) -> None:
             "--device cuda: this build of fusedstep has no CUDA kernels "
             "(`python -m fusedstep info` says what was built)"
         )
+
+
+def require_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"cannot write to {path}: {error.strerror}") from None
 
 
 def require_writable(path: Path) -> None:

@@ -1,42 +1,41 @@
 """What a CUDA card reaches: fusedstep against its copy bandwidth, torch, torch.compile and peers.
 
-Each case's results are compared with torch's in float64. Then fusedstep, the others and a large
-device-to-device copy are timed in one interleaved run, while operands and gradients rotate through
-more memory than the L2 cache holds. Bytes moved are, for cross-entropy forward and backward, one
+The cases are those of bench_cross_entropy.py and bench_sgd.py, checked and measured as these say,
+at sizes for a card and within a time. Bytes moved are, for cross-entropy forward and backward, one
 read and one write of the logits; for a step of SGD, every parameter read and written, every
-gradient read, every momentum buffer read and written. Their share of copy bandwidth is the copy's
-time per byte over fusedstep's.
+gradient read, every momentum buffer read and written. Their share of copy bandwidth is the time
+that a large copy takes for as many bytes over fusedstep's.
 
 After the last timing torch's profiler counts launches; of backward those that follow from a
 gradient which exists already (`loss.backward()` itself launches one that makes it). A call captured
 in a CUDA graph is replayed on new values and compared, bit for bit, with an eager one.
 
-Peers are Liger and quack where they can be imported; called as liger-kernel 0.8.5 and quack-kernels
-0.6.5 define them. Liger writes the gradient over the logits: it gets logits of its own, and from
-their second use on computes with what it left there.
-
-The --json file is written anew after every case. Besides what report.py names it holds
-implementations (a package's version, or why it is absent), failures (why a case has no row) and
-left_out (what no time was left for).
+The --json file is that of results.py, with the goals' verdicts.
 """
 
-import gc
+import dataclasses
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Literal
 
 import torch
 from typer import Option
 
+import bench_cross_entropy
 import bench_sgd
 import cli
+import driver
+import peers
 import report
-from bench_cross_entropy import CrossEntropy
-from gpu_cases import LOSSES, OPTIMIZERS, LossCase, OtherLoss, Row, Session, StepCase, why
+from bench_cross_entropy import DTYPES
+from report import Table
+from results import Results
+from suite import LARGE_COPY, OURS, Case, Row
 
 # Large ones first, so that they find time for compiling.
 SIZES = (
@@ -45,13 +44,10 @@ SIZES = (
 )
 SETS = "cifar,resnet50,more,large"
 MODES = ("plain", "momentum")
-DTYPES = ("bfloat16", "float32")
-
-TIMING = 0.8  # of the time; the rest is for counting launches
-
-
-class Incomplete(cli.Refusal):
-    exit_code = 1
+MEASURED_DTYPES = ("bfloat16", "float32")
+LOGITS_IN_MEMORY = 16  # tensors of a case's size that its operands and temporaries may take up
+COMPILING = 0.5  # of the time; the last of it is for counting launches
+TIMING = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +60,9 @@ class Options(cli.BenchmarkOptions):
     minutes: Annotated[float, Option(help="Begin nothing new after so long.")] = 3.0
     sizes: Annotated[str, Option(help="Logits, batch x classes x positions; or none.")] = SIZES
     sets: Annotated[str, Option(help=f"Of {', '.join(bench_sgd.SETS)}; or none.")] = SETS
-    losses: Annotated[str, Option(help="Compared losses, comma-separated.")] = ",".join(LOSSES)
-    optimizers: Annotated[str, Option(help="Compared steps of SGD.")] = ",".join(OPTIMIZERS)
+    against: Annotated[str, Option(help="Implementations, comma-separated.")] = ",".join(
+        peers.LOSSES | peers.OPTIMIZERS
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,22 +73,43 @@ class Options(cli.BenchmarkOptions):
         return 5 if self.quick else 15
 
     @property
-    def cases(self) -> list[LossCase | StepCase]:
+    def cases(self) -> list[Case]:
         sizes = [] if self.sizes == "none" else self.sizes.split(",")
         sets = {} if self.sets == "none" else cli.items(self.sets, bench_sgd.SETS)
-        losses = [LossCase(shape(size), dtype) for size in sizes for dtype in DTYPES]
+        losses = [
+            dataclasses.replace(bench_cross_entropy.sized(size), dtype=dtype, threads=self.threads)
+            for size in sizes
+            for dtype in MEASURED_DTYPES
+        ]
         if self.device == "cuda":
             free, _ = torch.cuda.mem_get_info()
-            losses = [case.fitted(free) for case in losses]
-        steps = [StepCase(name, mode, dtype) for name in sets for mode in MODES for dtype in DTYPES]
+            losses = [fitted(case, free) for case in losses]
+        steps = [
+            bench_sgd.Case(name, shapes(), mode, dtype=dtype, threads=self.threads)
+            for name, shapes in sets.items()
+            for mode in MODES
+            for dtype in MEASURED_DTYPES
+        ]
         return [*losses, *steps]
 
 
-def shape(size: str) -> tuple[int, ...]:
-    numbers = cli.positive_integers("--sizes", size, separator="x")
-    if len(numbers) < 2:
-        raise cli.Refusal(f"--sizes takes sizes like 64x10 or 4x21x128x128, not {size!r}")
-    return tuple(numbers)
+def fitted(case: bench_cross_entropy.Case, free_bytes: int) -> bench_cross_entropy.Case:
+    """With fewer rows where the memory does not hold them."""
+    batch, *row = case.shape
+    row_bytes = math.prod(row) * DTYPES[case.dtype].itemsize
+    rows = min(batch, max(1, free_bytes // (LOGITS_IN_MEMORY * row_bytes)))
+    small = bench_cross_entropy.sized("x".join(map(str, (rows, *row))))
+    return dataclasses.replace(small, dtype=case.dtype, threads=case.threads)
+
+
+def kind(row: Row) -> str:
+    """vocabulary, CNN or other logits; or the set of parameters."""
+    if row.operation == "sgd":
+        return row.case.partition(":")[0]
+    batch, classes, *positions = map(int, row.case.split("x"))
+    if not positions and classes >= 4096:
+        return "vocabulary"
+    return "CNN" if not positions and batch <= 4096 and classes <= 1000 else "other"
 
 
 # The design goals, set for cards of compute capability 9.0
@@ -125,16 +143,20 @@ class Verdict:
 
 
 def share(kinds: Sequence[str], row: Row) -> float | None:
-    return row.share.median if row.kind in kinds else None
+    return copy_share(row) if kind(row) in kinds else None
 
 
-def ratio(kind: str, name: str, row: Row) -> float | None:
-    return row.ratio[name].median if row.kind == kind and name in row.ratio else None
+def copy_share(row: Row) -> float | None:
+    return row.over_ours(LARGE_COPY).median if LARGE_COPY in row.samples else None
 
 
-def launched(kind: str, part: str, row: Row) -> float | None:
+def ratio(wanted: str, name: str, row: Row) -> float | None:
+    return row.over_ours(name).median if kind(row) == wanted and name in row.others else None
+
+
+def launched(wanted: str, part: str, row: Row) -> float | None:
     """Kernels and copies alike."""
-    if kind not in (row.kind, row.operation) or part not in row.launched:
+    if wanted not in (kind(row), row.operation) or part not in row.launched:
         return None
     return row.launched[part].kernels + row.launched[part].copies
 
@@ -156,7 +178,7 @@ GOALS = [
     Goal("CNN: launches forward", partial(launched, "CNN", "fusedstep forward"), 1, True),
     Goal("CNN: launches backward", partial(launched, "CNN", "fusedstep backward"), 1, True),
     Goal("CNN: fusedstep / native", native_share, 0.35, True),
-    Goal("SGD: launches a step", partial(launched, "SGD", "fusedstep"), 1, True),
+    Goal("SGD: launches a step", partial(launched, "sgd", "fusedstep"), 1, True),
     Goal(
         "SGD, from 25M floats: share of copy bandwidth", partial(share, ["resnet50", "large"]), 0.9
     ),
@@ -168,24 +190,28 @@ GOALS = [
 # The tables
 
 
-Columns = Mapping[str, Callable[[Row], str]]
+Columns = dict[str, Callable[[Row], str]]
 
 
-def columns(others: Sequence[str], parts: Sequence[str]) -> dict[str, Callable[[Row], str]]:
+def columns(others: Sequence[str], parts: Sequence[str]) -> Columns:
     def compared(name: str, row: Row) -> str:
-        if name in row.ratio:
-            return report.factor(row.ratio[name].median)
+        if name in row.others:
+            return report.factor(row.over_ours(name).median)
         return row.missing.get(name, "–").partition(":")[0]
 
     def launches(row: Row) -> str:
         found = [row.launched[part] for part in parts if part in row.launched]
         return " + ".join(str(part.kernels + part.copies) for part in found) or "–"
 
+    def copied(row: Row) -> str:
+        share = copy_share(row)
+        return "–" if share is None else f"{share:.0%}"
+
     return {
         "case": lambda row: row.case,
         "dtype": lambda row: row.dtype,
-        "fusedstep": lambda row: report.seconds(row.seconds["fusedstep"].median),
-        "of copy\nbandwidth": lambda row: f"{row.share.median:.0%}",
+        "fusedstep": lambda row: report.seconds(row.time(OURS).median),
+        "of copy\nbandwidth": copied,
         **{f"{name}\n/ ours": partial(compared, name) for name in others},
         "launches": launches,
         "graph": lambda row: {None: "–", True: "same bits", False: "differs"}[row.replayed],
@@ -193,16 +219,17 @@ def columns(others: Sequence[str], parts: Sequence[str]) -> dict[str, Callable[[
 
 
 def peak(name: str, row: Row) -> str:
-    used = row.peak_bytes.get(name)
-    return "–" if used is None else f"{used / (row.bytes_moved / 2):.2f}"
+    if name not in row.peak_bytes or row.bytes_moved is None:
+        return "–"
+    return f"{row.peak_bytes[name] / (row.bytes_moved / 2):.2f}"
 
 
 LOSS_COLUMNS: Columns = {
-    **columns(list(LOSSES), ["fusedstep forward", "fusedstep backward"]),
-    "peak / logits\nours": partial(peak, "fusedstep"),
+    **columns(list(peers.LOSSES), ["fusedstep forward", "fusedstep backward"]),
+    "peak / logits\nours": partial(peak, OURS),
     "\nnative": partial(peak, "native"),
 }
-STEP_COLUMNS: Columns = columns(list(OPTIMIZERS), ["fusedstep"])
+STEP_COLUMNS: Columns = columns(list(peers.OPTIMIZERS), ["fusedstep"])
 VERDICT_COLUMNS: Mapping[str, Callable[[Verdict], str]] = {
     "goal": lambda verdict: verdict.goal,
     "bound": lambda verdict: f"{verdict.bound:g}",
@@ -214,110 +241,53 @@ VERDICT_COLUMNS: Mapping[str, Callable[[Verdict], str]] = {
 
 def show(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
     """Fits 12,000 characters."""
-    if rows:
-        bandwidth = statistics.median(row.copy_bandwidth for row in rows)
-        report.say(f"copy bandwidth, bytes read and written: {report.memory(bandwidth)}/s")
+    copies = [
+        row.bytes_moved / row.time(LARGE_COPY).median
+        for row in rows
+        if row.bytes_moved and LARGE_COPY in row.samples
+    ]
+    if copies:
+        bandwidth = report.memory(statistics.median(copies))
+        report.say(f"copy bandwidth, bytes read and written: {bandwidth}/s")
     for title, table, operation in (
-        ("Cross-entropy forward and backward", LOSS_COLUMNS, LossCase.operation),
-        ("SGD.step()", STEP_COLUMNS, StepCase.operation),
+        ("Cross-entropy forward and backward", LOSS_COLUMNS, "cross_entropy"),
+        ("SGD.step()", STEP_COLUMNS, "sgd"),
     ):
         shown = [row for row in rows if row.operation == operation]
         if shown:
-            report.show(title, table, shown)
-    report.show("Goals, set for compute capability 9.0", VERDICT_COLUMNS, verdicts)
+            report.show(Table.of(title, table, shown))
+    report.show(Table.of("Goals, set for compute capability 9.0", VERDICT_COLUMNS, verdicts))
 
 
-# The run
-
-
-def load(others: Mapping[str, OtherLoss]) -> tuple[dict[str, CrossEntropy], dict[str, str]]:
-    """The losses that can be imported, and for each its package's version or why it is absent."""
-    losses, found = {}, {}
-    for name, other in others.items():
-        try:
-            losses[name] = other.load()
-        except Exception as error:  # of any kind: these are other people's packages
-            found[name] = why(error)
-        else:
-            found[name] = version_of(other.package)
-    return losses, found
-
-
-def version_of(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:  # imported from a plain folder
-        return package
-
-
-def release_memory(device: str) -> None:
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # each case is compiled for its own shape
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
+def verdicts(results: Results) -> list[Verdict]:
+    return [goal.verdict(results.rows) for goal in GOALS]
 
 
 def main(options: Options) -> None:
     cases = options.cases
-    others = cli.items(options.losses, LOSSES)
-    optimizers = cli.items(options.optimizers, OPTIMIZERS)
-    fusedstep = cli.require_fusedstep()
-    losses, implementations = load(others)
-    torch.set_num_threads(options.threads)
-    where = report.environment(options.device)
-    report.say_where(where)
-    session = Session(
-        fusedstep, losses, optimizers, options.device, options.rounds, 60 * options.minutes
+    against = cli.items(options.against, peers.LOSSES | peers.OPTIMIZERS)
+    seconds = 60 * options.minutes
+    begin = time.monotonic()
+    session = driver.session(options, against, begin + COMPILING * seconds)
+    results = driver.measure(
+        cases,
+        session,
+        options.json,
+        timed_until=begin + TIMING * seconds,
+        until=begin + seconds,
+        more=lambda results: {
+            "summary": {verdict.goal: asdict(verdict) for verdict in verdicts(results)}
+        },
     )
-    rows: dict[LossCase | StepCase, Row] = {}
-    failures: dict[str, str] = {}
-    left_out: list[str] = []
-
-    def attempt(case: LossCase | StepCase, measure: Callable[[], Row]) -> None:
-        try:
-            release_memory(options.device)
-            rows[case] = measure()
-        except Exception as error:
-            failures[str(case)] = why(error)
-        save()
-
-    def verdicts() -> list[Verdict]:
-        return [goal.verdict(list(rows.values())) for goal in GOALS]
-
-    def save() -> None:
-        if options.json is not None:
-            report.write(
-                options.json,
-                where,
-                list(rows.values()),
-                {verdict.goal: asdict(verdict) for verdict in verdicts()},
-                implementations=implementations,
-                failures=failures,
-                left_out=left_out,
-            )
-
-    for case in report.progress(cases):
-        if session.elapsed > TIMING * session.seconds:
-            left_out.append(str(case))
-        else:
-            attempt(case, partial(case.measured, session))
-    for case, row in list(rows.items()):  # the profiler may slow what follows it
-        if session.elapsed > session.seconds:
-            left_out.append(f"launches of {case}")
-        else:
-            attempt(case, partial(case.looked_into, row, session))
-    save()
-
-    for name, what in implementations.items():
+    report.say_where(results.environment)
+    for name, what in results.implementations.items():
         report.say(f"{name}: {what}")
-    for case_name, reason in failures.items():
+    for case_name, reason in results.failures.items():
         report.say(f"failed: {case_name}: {reason}")
-    if left_out:
-        report.say(f"no time was left for {'; '.join(left_out)}")
-    show(list(rows.values()), verdicts())
-    if failures:
-        raise Incomplete(f"{len(failures)} of {len(cases)} cases failed")
+    if results.left_out:
+        report.say(f"no time was left for {'; '.join(results.left_out)}")
+    show(results.rows, verdicts(results))
+    driver.require_complete(results, len(cases))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -14,7 +16,7 @@ STYLES = {
 }
 
 
-def save(result: Result, title: str) -> None:
+def save(result: Result, title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 5), layout="constrained")
     figure.suptitle(title)
     losses, times = figure.subplots(1, 2)
@@ -39,4 +41,4 @@ def save(result: Result, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(result.config.plot, dpi=150)
+    figure.savefig(path, dpi=150)

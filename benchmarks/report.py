@@ -1,45 +1,65 @@
-"""How benchmarks report: a table on the terminal and, with --json, a file of these keys:
-
-environment  torch, fusedstep, python, cpu, capability, cores, threads, gpu, command, date
-rows         one object per row of the table; times in seconds, a spread as its median and the
-             quartiles low and high
-summary      figures over all rows
-
-gpu_check.py adds a few, which it names.
-"""
+"""How benchmarks show what they found: on the terminal, in tables, with units."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeVar
 
+import rich.table
 import torch
 from matplotlib.ticker import EngFormatter
 from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
-from cli import BenchmarkOptions, require_fusedstep
+from cli import require_fusedstep
 from timing import Spread
 
-T = TypeVar("T")
 Row = TypeVar("Row")
 
 PLAIN_WIDTH = 200  # of a file or a pipe, which has no width of its own
 
+
+@dataclass(frozen=True)
+class Table:
+    """The first column is text, the others are figures."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    slower: frozenset[int] = frozenset()
+    """Rows that a page marks: fusedstep is not the fastest there."""
+    prose: bool = False
+    """Every column is text."""
+    folded: bool = False
+    """A page shows it when asked."""
+
+    @classmethod
+    def of(
+        cls,
+        title: str,
+        columns: Mapping[str, Callable[[Row], str]],
+        rows: Sequence[Row],
+        note: str = "",
+    ) -> Table:
+        cells = [[cell(row) for cell in columns.values()] for row in rows]
+        return cls(title, list(columns), cells, note)
+
+
 console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
 
 
-def environment(device: str) -> dict[str, str | int | None]:
+def environment(device: str) -> dict[str, str | int | float | None]:
+    """Where and how it runs; the load is that of the minute before."""
     return {
         "torch": torch.__version__,
         "fusedstep": require_fusedstep().__version__,
@@ -47,9 +67,10 @@ def environment(device: str) -> dict[str, str | int | None]:
         "cpu": _cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "gpu": _gpu_model() if device == "cuda" else None,
-        "command": shlex.join(sys.argv),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": round(os.getloadavg()[0], 2),
+        "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -74,14 +95,16 @@ def _cpu_model() -> str:
     return next(models, platform.processor() or platform.machine())
 
 
-def show(title: str, columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> None:
-    table = Table(title=title, title_justify="left")
-    for header in columns:
-        justify: JustifyMethod = "left" if header == next(iter(columns)) else "right"
-        table.add_column(header, justify=justify, overflow="fold")
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    console.print(table)
+def show(table: Table) -> None:
+    shown = rich.table.Table(
+        title=escape(table.title), title_justify="left", caption=table.note, caption_justify="left"
+    )
+    for index, header in enumerate(table.header):
+        justify: JustifyMethod = "right" if index else "left"
+        shown.add_column(escape(header), justify=justify, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
 
 
 def stream(columns: Mapping[str, Callable[[Row], str]]) -> Callable[[Row], None]:
@@ -90,7 +113,9 @@ def stream(columns: Mapping[str, Callable[[Row], str]]) -> Callable[[Row], None]
 
     def print_row(row: Row) -> None:
         nonlocal header_due
-        table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header_due)
+        table = rich.table.Table(
+            box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header_due
+        )
         for header in columns:
             width = max(map(len, header.split("\n")))
             table.add_column(header, justify="right", overflow="fold", width=width)
@@ -106,46 +131,13 @@ def say(line: str) -> None:
     console.print(line, soft_wrap=True, markup=False)
 
 
-def conclude(
-    options: BenchmarkOptions, rows: Sequence[object], summary: Mapping[str, float]
-) -> None:
-    """Prints the summary and where it was measured, and writes the --json file."""
-    for label, value in summary.items():
-        say(f"{label}: {value:.2f}")
-    where = environment(options.device)
-    say_where(where)
-    if options.json is not None:
-        write(options.json, where, rows, summary)
-
-
 def say_where(where: Mapping[str, object]) -> None:
     say(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
-
-
-def write(
-    path: Path,
-    where: Mapping[str, object],
-    rows: Sequence[object],
-    summary: Mapping[str, object],
-    **more: object,
-) -> None:
-    document = {
-        "environment": where,
-        "rows": [dataclasses.asdict(row) for row in rows],  # type: ignore[call-overload]
-        "summary": summary,
-        **more,
-    }
-    path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def progress_bar() -> Progress:
     """Seen on a terminal only, and while it runs."""
     return Progress(console=console, transient=True, disable=not console.is_terminal)
-
-
-def progress(work: Sequence[T]) -> Iterator[T]:
-    with progress_bar() as bar:
-        yield from bar.track(work, description="measuring")
 
 
 seconds = EngFormatter(unit="s", places=2)

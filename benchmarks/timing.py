@@ -25,6 +25,8 @@ Call = Callable[[], object]
 # On CUDA a block begins on an idle GPU, and what passes until its first kernel must weigh little.
 BLOCK_SECONDS = {"cpu": 2e-3, "cuda": 10e-3}
 MAX_BUFFER_SETS = 64
+LEAST_ROUNDS = 5
+CLEARLY_LONG = 10  # blocks: no disturbance stretches a short call so far
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,12 @@ class Measurement:
     def time(self, name: str) -> Spread:
         return Spread.of(self.seconds[name])
 
-    def ratio(self, numerator: str, denominator: str) -> Spread:
+    def ratios(self, numerator: str, denominator: str) -> list[float]:
         pairs = zip(self.seconds[numerator], self.seconds[denominator], strict=True)
-        return Spread.of([above / below for above, below in pairs])
+        return [above / below for above, below in pairs]
+
+    def ratio(self, numerator: str, denominator: str) -> Spread:
+        return Spread.of(self.ratios(numerator, denominator))
 
 
 def timed(call: Callable[[], T], device: str) -> tuple[T, float]:
@@ -90,40 +95,37 @@ def buffer_sets(nbytes: int, device: str) -> int:
     return min(math.ceil(2 * cache / nbytes) + 1, MAX_BUFFER_SETS)
 
 
-def peak_bytes(call: Call, device: str) -> int | None:
-    """The most memory that `call` holds at once beyond what is allocated before it; on CUDA."""
-    if device != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return torch.cuda.max_memory_allocated() - before
-
-
 def measure(
-    candidates: Mapping[str, Call | Sequence[Call]], device: str, rounds: int
+    candidates: Mapping[str, Call | Sequence[Call]],
+    device: str,
+    rounds: int,
+    seconds: float = math.inf,
 ) -> Measurement:
-    """Times `candidates`; one given as several calls takes turns through them."""
+    """Times `candidates`; one given as several calls takes turns through them.
+
+    Rounds that would together take longer than `seconds` are left out, but for LEAST_ROUNDS.
+    """
     blocks = {
         name: Block([calls] if callable(calls) else calls, device)
         for name, calls in candidates.items()
     }
     order = list(blocks)
     shuffle = random.Random(0).shuffle
-    seconds: dict[str, list[float]] = {name: [] for name in order}
+    samples: dict[str, list[float]] = {name: [] for name in order}
     collecting = gc.isenabled()
     gc.disable()
     try:
         for block in blocks.values():
             block.warm_up()
-        for _ in range(rounds):
+        affordable = seconds / sum(block.seconds for block in blocks.values())
+        for _ in range(int(min(rounds, max(affordable, LEAST_ROUNDS)))):
             shuffle(order)
             for name in order:
-                seconds[name].append(blocks[name].seconds_per_call())
+                samples[name].append(blocks[name].seconds_per_call())
     finally:
         if collecting:
             gc.enable()
-    return Measurement(seconds)
+    return Measurement(samples)
 
 
 class Block:
@@ -133,17 +135,26 @@ class Block:
         self._turns = cycle(calls)
         self._device = device
         self._calls = len(calls)
+        self.seconds = 0.0
+        """What a block takes, known when it is warm."""
 
     def warm_up(self) -> None:
-        self._seconds()  # each call once: it makes the state and memory that later turns find
+        self._took()  # each call once: it makes the state and memory that later turns find
         self._calls = 1
-        while min(self._seconds() for _ in range(3)) < BLOCK_SECONDS[self._device]:
+        while (seconds := self._least()) < BLOCK_SECONDS[self._device]:
             self._calls *= 2
+        self.seconds = seconds
 
     def seconds_per_call(self) -> float:
-        return self._seconds() / self._calls
+        return self._took() / self._calls
 
-    def _seconds(self) -> float:
+    def _least(self) -> float:
+        first = self._took()
+        if first > CLEARLY_LONG * BLOCK_SECONDS[self._device]:
+            return first
+        return min(first, self._took(), self._took())
+
+    def _took(self) -> float:
         _, seconds = timed(self._run, self._device)
         return seconds
 

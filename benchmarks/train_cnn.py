@@ -16,16 +16,16 @@ import plot
 import report
 from models import NETWORKS
 from timing import Measurement, Spread
-from training import IMPLEMENTATIONS, Config, Epoch, Result, train
+from training import IMPLEMENTATIONS, Config, Epoch, Options, Result, train
 
 Cell = Callable[[Epoch], str]
 
 
-def columns(config: Config) -> dict[str, Cell]:
+def columns(config: Options) -> dict[str, Cell]:
     def each(header: str, cell: Callable[[str, Epoch], str]) -> dict[str, Cell]:
         return {f"{header}{name}": partial(cell, name) for name in config.implementations}
 
-    both = config.implementation == "both"
+    both = len(config.implementations) == 2
     table: dict[str, Cell] = {"epoch": lambda epoch: str(epoch.number)}
     table |= each("running\nloss ", lambda name, epoch: f"{epoch.losses[name]:.6g}")
     if both:
@@ -47,13 +47,13 @@ def summary(result: Result) -> list[str]:
         f"{name} step: {report.spread(steps.time(name), report.seconds)}"
         for name in result.config.implementations
     ]
-    if result.config.implementation == "both":
+    if len(result.config.implementations) == 2:
         lines.append(f"speed-up: {report.spread(speedup(steps), report.factor)}")
     loading = report.seconds(Spread.of(result.loading).median)
     return [*lines, f"loading a batch, outside the steps: {loading}"]
 
 
-def title(config: Config) -> str:
+def title(config: Options) -> str:
     contenders = [IMPLEMENTATIONS[name]().title for name in config.implementations]
     settings = [
         f"{NETWORKS[config.model].title} on {config.data}",
@@ -76,10 +76,7 @@ def event_log(folder: Path | None) -> Iterator[Callable[[Epoch], None]]:
     tensorboard = cli.require_module(
         "torch.utils.tensorboard", "--tensorboard needs the package tensorboard"
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cli.Refusal(f"cannot write to {folder}: {error.strerror}") from None
+    cli.require_folder(folder)
     with tensorboard.SummaryWriter(folder) as writer:
 
         def log(epoch: Epoch) -> None:
@@ -108,10 +105,10 @@ def main(config: Config) -> None:
             print_row(epoch)
             log(epoch)
 
-        result = train(config, on_step, on_epoch)
+        result = train(config, on_step, on_epoch, keep_in=config.checkpoint, resume=config.resume)
     for line in summary(result):
         report.say(line)
-    plot.save(result, heading)
+    plot.save(result, heading, config.plot)
     report.say(f"plot saved in {config.plot.resolve()}")
 
 

@@ -8,10 +8,13 @@
 #include "cross_entropy/binding.h"
 #include "pointwise_loss/binding.h"
 #include "sgd/binding.h"
+#include "torch_glue/coverage.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using fusedstep::sgd::Rounding;
 
 using fusedstep::cross_entropy::check_targets;
 
@@ -105,6 +108,19 @@ py::object pointwise_loss(py::handle input, py::handle target, py::handle weight
     });
 }
 
+// [(operator, kind of device, runs of the kernels, {reason: calls left to torch}), ...]
+py::list call_counts() {
+    py::list result;
+    for (const fusedstep::Calls& calls : fusedstep::CallCounter::all()) {
+        result.append(py::make_tuple(calls.op, calls.device, calls.fused, calls.fell_back));
+    }
+    return result;
+}
+
+void count_fallback(const std::string& op, c10::Device device, const std::string& reason) {
+    fusedstep::CallCounter::of(op).fell_back(device, reason);
+}
+
 // Gives an autograd node defined here its own Python type, so that printing grad_fn names it.
 void register_node_type(const std::type_info& node, const char* name) {
     auto* const type = new PyTypeObject{PyVarObject_HEAD_INIT(nullptr, 0)};  // lives forever
@@ -121,8 +137,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("focal_loss", torch::wrap_pybind_function(&focal_loss));
     m.def("pointwise_loss", torch::wrap_pybind_function(&pointwise_loss));
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
+    py::class_<Rounding>(m, "Rounding")
+        .def(py::init<bool, std::optional<std::uint64_t>>(), py::kw_only(),
+             py::arg("master_weights"), py::arg("seed"));
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
+    m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::sgd::step_in_backward));
     m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
+    m.def("call_counts", &call_counts);
+    m.def("reset_call_counts", &fusedstep::CallCounter::reset_all);
+    m.def("count_fallback", torch::wrap_pybind_function(&count_fallback));
     m.def("cpu_capability", [] { return fusedstep::cpu_level_name(fusedstep::cpu_level()); });
     register_node_type(fusedstep::cross_entropy::backward_node_type(), "CrossEntropyBackward0");
     register_node_type(fusedstep::pointwise_loss::backward_node_type(), "PointwiseLossBackward0");

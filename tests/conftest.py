@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+# What trains in tests/clients. Without them `make test` leaves that folder out and says so.
+CLIENTS = ("accelerate", "lightning", "torchmetrics", "transformers")
+missing_clients = [name for name in CLIENTS if find_spec(name) is None]
+collect_ignore = ["clients"] if missing_clients else []
 
 Launches = Callable[[], AbstractContextManager[list[str]]]
 launched_by_module: Counter[str] = Counter()
@@ -35,12 +41,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="cpu",
         help="the CPU's kernels, CUDA's on the emulator, or CUDA's on a card",
     )
+    parser.addoption(
+        "--explore",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="try each property on ever new inputs for so long, not on a fixed few",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "level: kernel test that must also pass at every CPU instruction-set level"
-    )
     device = config.getoption("--device")
     if device == "emulator":
         use_emulated_package(config)
@@ -76,7 +86,7 @@ def use_emulated_package(config: pytest.Config) -> None:
     config.stash[EMULATED] = Emulator(library)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     device = config.getoption("--device")
     names = {
         "cpu": lambda: f"CPU, {torch.backends.cpu.get_cpu_capability()}",
@@ -86,7 +96,10 @@ def pytest_report_header(config: pytest.Config) -> str:
         ),
         "cuda": lambda: torch.cuda.get_device_name(),
     }
-    return f"device: {names[device]()}"
+    lines = [f"device: {names[device]()}"]
+    if missing_clients:
+        lines.append(f"without tests/clients, for want of {', '.join(missing_clients)}")
+    return lines
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -319,3 +320,35 @@ def sgd_step(
             momentum_buffer = momentum * momentum_buffer.double() + (1 - dampening) * step
         step = step + momentum * momentum_buffer if nesterov else momentum_buffer
     return param - lr * step, momentum_buffer
+
+
+def random_bits(seed: int, place: int, step: int, offsets: range) -> np.ndarray[Any, Any]:
+    """The 32 random bits of elements: a parameter's number and its step's, from 0, decide.
+
+    SplitMix64 of Steele, Lea and Flood (2014) makes one key of the seed and the two numbers; twice
+    the finalizer of MurmurHash3 (Appleby, 2011) mixes an element's offset into it.
+    """
+
+    def split_mix(start: int, number: int) -> int:
+        z = (start + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    def murmur(h: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        h = (h ^ (h >> 16)) * 0x85EBCA6B % 2**32
+        h = (h ^ (h >> 13)) * 0xC2B2AE35 % 2**32
+        return h ^ (h >> 16)
+
+    key = split_mix(split_mix(seed, place), step)
+    offset = np.array(offsets, dtype=np.uint64)
+    high = (key // 2**32 + offset // 2**32 * 0x9E3779B9) % 2**32
+    return murmur(murmur((offset + key % 2**32) % 2**32) ^ high)
+
+
+def stochastically_rounded(value: Tensor, random: np.ndarray[Any, Any]) -> Tensor:
+    """Finite float32 values as bfloat16: away from zero where the 16 bits that bfloat16 lacks and
+    the upper half of the random ones make a carry, else towards zero."""
+    bits = value.cpu().numpy().view(np.uint32).astype(np.uint64)
+    kept = (bits + (random >> 16)) >> 16
+    return torch.from_numpy(kept.astype(np.uint16)).view(torch.bfloat16).view_as(value)

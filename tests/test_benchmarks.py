@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
+import re
 import subprocess
 import sys
 import types
@@ -18,44 +18,65 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import bench_bandwidth
 import bench_cross_entropy
+import bench_linear_cross_entropy
 import bench_pointwise_loss
+import bench_scaling
 import bench_sgd
+import bench_sgd_options
 import bench_train_step
 import cli
+import compare
 import correctness
 import data
-import gpu_cases
+import driver
 import gpu_check
 import launches
+import memory
+import page
+import peers
+import readme
 import report
+import run as run_all
+import suite
+import tables
 import timing
 import train_cnn
+import train_ddp
 import training
 from launches import Launches
 from models import NETWORKS
+from results import Results
+from suite import LARGE_COPY, OURS, Row
 
 BENCHMARKS = Path(cli.__file__).parent
 
 SCRIPTS = {
     "train_cnn": (training.Config, train_cnn.main),
-    "bench_cross_entropy": (bench_cross_entropy.Options, bench_cross_entropy.main),
-    "bench_pointwise_loss": (bench_pointwise_loss.Options, bench_pointwise_loss.main),
-    "bench_sgd": (bench_sgd.Options, bench_sgd.main),
-    "bench_train_step": (bench_train_step.Options, bench_train_step.main),
+    "train_ddp": (train_ddp.Config, train_ddp.main),
+    "bench_bandwidth": (bench_bandwidth.Options, driver.main),
+    "bench_cross_entropy": (bench_cross_entropy.Options, driver.main),
+    "bench_linear_cross_entropy": (bench_linear_cross_entropy.Options, driver.main),
+    "bench_pointwise_loss": (bench_pointwise_loss.Options, driver.main),
+    "bench_scaling": (bench_scaling.Options, driver.main),
+    "bench_sgd": (bench_sgd.Options, driver.main),
+    "bench_sgd_options": (bench_sgd_options.Options, driver.main),
+    "bench_train_step": (bench_train_step.Options, driver.main),
     "gpu_check": (gpu_check.Options, gpu_check.main),
+    "run": (run_all.Options, run_all.main),
 }
 
 # The smallest run of each benchmark.
 TINY = {
     "bench_cross_entropy": "--sizes 1x10,3x5 --no-shapes",
+    "bench_linear_cross_entropy": "--sizes 3x4x5,2x3x7",
     "bench_pointwise_loss": "--sizes 7,3x5 --losses mse_loss",
     "bench_sgd": "--sets lenet --modes plain,momentum",
-    "bench_train_step": "--models lenet --batch-sizes 1 --modes plain",
+    "bench_sgd_options": "--options master_weights,in_backward --sets lenet --models lenet",
+    "bench_train_step": "--models lenet --batch-sizes 1,2 --modes plain --no-curves",
 }
-TINY_CHECK = (
-    "--device cpu --quick --sizes 3x5,2x3x4 --sets lenet --losses native,quack --optimizers fused"
-)
+TINY_CHECK = "--device cpu --quick --sizes 3x5,2x3x4 --sets lenet --against native,quack,fused"
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +126,7 @@ def refusal(script: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> 
         ("train_cnn", "--plot curves.pdf", "curves.pdf"),
         ("train_cnn", "--plot /no/such/folder/curves.png", "/no/such/folder/curves.png"),
         ("train_cnn", "--tensorboard /dev/null/events", "/dev/null/events"),
+        ("train_ddp", "--samples 8", "torchrun --standalone"),
         ("bench_cross_entropy", "--sizes 64", "64"),
         ("bench_cross_entropy", "--sizes 64x10,0x10", "0x10"),
         ("bench_cross_entropy", "--dtypes int8", "int8"),
@@ -115,13 +137,26 @@ def refusal(script: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> 
         ("bench_pointwise_loss", "--dtypes int8", "int8"),
         ("bench_sgd", "--sets vgg", "vgg"),
         ("bench_sgd", "--modes adam", "adam"),
+        ("bench_sgd_options", "--options fused", "fused"),
         ("bench_train_step", "--models vgg", "vgg"),
         ("bench_train_step", "--batch-sizes 1,-4", "1,-4"),
+        ("bench_linear_cross_entropy", "--sizes 64x10", "64x10"),
+        ("bench_scaling", "--axes columns", "columns"),
+        ("run", "--ops softmax", "softmax"),
+        ("run", "--sizes 64", "64"),
+        ("run", "--sets vgg", "vgg"),
+        ("run", "--models vgg", "vgg"),
+        ("run", "--batch-sizes 0", "0"),
+        ("run", "--dtypes int8", "int8"),
+        ("run", "--against numpy", "numpy"),
+        ("run", "--threads 0", "--threads"),
+        ("run", "--out /dev/null/report", "/dev/null/report"),
+        ("run", "--results no-such.json", "no-such.json"),
+        ("run", "--compare no-such.json", "no-such.json"),
         ("gpu_check", "--device cpu --sizes 64", "64"),
         ("gpu_check", "--device cpu --sizes 0x10", "0x10"),
         ("gpu_check", "--device cpu --sets vgg", "vgg"),
-        ("gpu_check", "--device cpu --losses apex", "apex"),
-        ("gpu_check", "--device cpu --optimizers adam", "adam"),
+        ("gpu_check", "--device cpu --against numpy", "numpy"),
         ("gpu_check", "--device cpu --minutes -1", "--minutes"),
     ],
 )
@@ -339,6 +374,35 @@ def test_a_run_is_shown_plotted_and_logged(
     assert ("loss/native" in log.Tags()["scalars"]) == (implementation == "both")
 
 
+def test_two_processes_end_at_the_same_weights(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = [
+        "--model",
+        "lenet",
+        "--samples",
+        "30",
+        "--epochs",
+        "2",
+        "--momentum",
+        "0.9",
+        "--lr",
+        "0.1",
+    ]
+    process = subprocess.run(
+        [*torchrun, BENCHMARKS / "train_ddp.py", *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()  # of one process alone
+    assert lines[1].endswith("processes: 2")
+    assert [line.split()[0] for line in lines if line.split()[0].isdecimal()] == ["1", "2"]
+    assert lines[-2] == "final weights, between processes: the same bits"
+    assert lines[-1].endswith("equal within 1e-10")
+
+
 # Timing
 
 
@@ -447,15 +511,49 @@ def test_cuda_operands_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch) -> Non
     assert timing.buffer_sets(40, "cpu") == 1
 
 
-def test_peak_memory_is_what_a_call_holds_beyond_its_operands(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rounds_end_with_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    calls = {"x": machine.candidate("x", 1.0), "y": machine.candidate("y", 3.0)}
+    for seconds, rounds in [(math.inf, 20), (32.0, 8), (0.0, timing.LEAST_ROUNDS)]:
+        measured = timing.measure(calls, "cpu", rounds=20, seconds=seconds)
+        assert len(measured.seconds["x"]) == len(measured.seconds["y"]) == rounds
+
+
+def test_memory_is_what_a_call_holds_at_once() -> None:
+    def call() -> None:
+        first = torch.empty(1000, dtype=torch.float64)
+        del first
+        kept = [torch.empty(500, dtype=torch.float64) for _ in range(3)]
+        kept.clear()
+
+    call()
+    assert memory.footprint(call, "cpu") == memory.Footprint(12_000, 4)
+
+
+@pytest.mark.parametrize("elements", [10, 200_000])
+def test_memory_that_fusedstep_keeps_for_the_next_gradient_counts(elements: int) -> None:
+    mse_loss = cli.require_fusedstep().functional.mse_loss
+    x = torch.zeros(elements, requires_grad=True)
+
+    def call() -> None:
+        mse_loss(x, x.detach()).backward()
+        x.grad = None
+
+    call()
+    for _ in range(2):
+        peak = memory.footprint(call, "cpu").peak_bytes
+        assert x.nbytes <= peak < x.nbytes + 100
+
+
+def test_memory_on_cuda_is_the_allocators(monkeypatch: pytest.MonkeyPatch) -> None:
     held = [100]
+    count = "allocation.all.allocated"
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held[-1])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: max(held))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.__setitem__(0, 100))
-    assert timing.peak_bytes(lambda: held.extend([130, 110]), "cuda") == 30
-    assert timing.peak_bytes(lambda: None, "cpu") is None
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {count: len(held)})
+    call = partial(held.extend, [130, 110])
+    assert memory.footprint(call, "cuda") == memory.Footprint(30, 2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -470,90 +568,139 @@ def test_a_gpu_is_waited_for() -> None:
 
 
 @pytest.fixture
+def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "COPY_BYTES", 2**12)
+
+
+@pytest.fixture
+def without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile takes seconds a shape."""
+    monkeypatch.delitem(peers.ALL, "compile")
+
+
+@pytest.fixture
 def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BLOCK_SECONDS", {"cpu": 1e-5, "cuda": 1e-5})
 
 
-ROW_KEYS = {
-    "bench_cross_entropy": {
-        *("case", "dtype", "native", "ours", "speedup", "floor_name", "floor", "over_floor"),
-        *("copy_bandwidth", "peak_bytes"),
-    },
-    "bench_pointwise_loss": {
-        *("loss", "size", "dtype", "native", "ours", "speedup", "floor_name", "floor"),
-        *("over_floor", "peak_bytes"),
-    },
-    "bench_sgd": {
-        *("set", "tensors", "floats", "mode", "native", "ours", "speedup", "floor", "bandwidth")
-    },
-    "bench_train_step": {"model", "batch_size", "mode", "native", "ours", "speedup"},
-}
-
-
-@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.usefixtures("short_blocks", "without_compiler")
 @pytest.mark.parametrize("script", TINY)
-def test_a_benchmark_reports_a_table_and_json(
+def test_a_benchmark_reports_tables_and_json(
     script: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.json"
     run(script, f"{TINY[script]} --device {device} --quick --json {path}")
-    assert "geometric mean" in capsys.readouterr().out
-    document = json.loads(path.read_text())
-    assert set(document) == {"environment", "rows", "summary"}
-    assert set(document["environment"]) == {
-        *("torch", "fusedstep", "python", "cpu", "capability", "cores", "threads", "gpu"),
+    output = capsys.readouterr().out
+    assert "share of the floor" in output and "Where fusedstep is slower" in output
+    results = Results.load(path)
+    assert set(results.environment) == {
+        *("torch", "fusedstep", "python", "cpu", "capability", "cores", "gpu", "memory", "load"),
         *("command", "date"),
     }
-    assert document["environment"]["torch"] == torch.__version__
-    assert document["environment"]["threads"] == 1
-    assert (document["environment"]["gpu"] is None) == (device == "cpu")
-    assert len(document["rows"]) == (1 if script == "bench_train_step" else 2)
-    for row in document["rows"]:
-        assert set(row) == ROW_KEYS[script]
-        assert set(row["ours"]) == {"median", "low", "high"}
-        assert row["ours"]["low"] <= row["ours"]["median"] <= row["ours"]["high"]
-    assert all(isinstance(value, float) for value in document["summary"].values())
+    assert results.environment["torch"] == torch.__version__
+    assert (results.environment["gpu"] is None) == (device == "cpu")
+    assert results.failures == {} and results.left_out == []
+    assert len(results.rows) == 2
+    for row in results.rows:
+        assert {OURS, row.native} <= set(row.implementations)
+        assert row.floor in row.samples and row.threads == 1
+        assert len({len(seconds) for seconds in row.samples.values()}) == 1
+        assert row.peak_bytes.keys() == row.allocations.keys() == set(row.implementations)
+        assert "Liger" not in row.samples or device == "cuda"
+
+
+@pytest.fixture
+def session(device: str, without_compiler: None) -> suite.Session:
+    return suite.Session(cli.require_fusedstep(), device, 2, peers.load(peers.ALL, device), 0.0)
+
+
+@pytest.mark.usefixtures("short_blocks", "small_copy")
+@pytest.mark.parametrize("case", bench_cross_entropy.SHAPES, ids=lambda case: case.name)
+def test_every_shape_is_measured(case: bench_cross_entropy.Case, session: suite.Session) -> None:
+    _, classes, *positions = case.shape
+    small = replace(case, shape=(2, classes, *(3 for _ in positions)))
+    x = small.operands(session.device).x
+    assert x.is_contiguous() != case.channels_last
+    row = small.measured(session)
+    assert row.case == case.name and row.bytes_moved == 2 * x.nbytes
+    assert row.others == ["native"]
+
+
+@pytest.mark.usefixtures("short_blocks", "small_copy")
+def test_stochastic_rounding_is_held_against_rounding_to_nearest(session: suite.Session) -> None:
+    shapes = [(1000,), (7,)]
+    case = bench_sgd_options.Rounding(
+        "", shapes, "momentum", "stochastic_rounding", dtype="bfloat16"
+    )
+    row = case.measured(session)
+    assert bench_sgd_options.NEAREST in row.floors and row.bytes_moved == 10 * 1007
+    assert {"for-loop", "foreach"} <= set(row.others)
+
+
+def test_a_step_by_hand_keeps_what_rounding_would_drop() -> None:
+    parameter = torch.nn.Parameter(torch.ones(100, dtype=torch.bfloat16))
+    optimizer = bench_sgd_options.on_float32_copies(torch.optim.SGD, [parameter], lr=0.1)
+    for _ in range(64):
+        parameter.grad = torch.full_like(parameter, 2**-7)  # moves it by less than half an ulp
+        optimizer.step()
+    assert torch.equal(parameter.detach(), torch.full((100,), 1 - 6.4 * 2**-7).bfloat16())
 
 
 @pytest.mark.usefixtures("short_blocks")
-@pytest.mark.parametrize("case", bench_cross_entropy.SHAPES, ids=lambda case: case.name)
-def test_every_shape_is_measured(case: bench_cross_entropy.Case, device: str) -> None:
-    _, classes, *positions = case.shape
-    small = replace(case, shape=(2, classes, *(3 for _ in positions)))
-    x = small.operands(torch.float32, device).x
-    assert x.is_contiguous() != case.channels_last
-    options = bench_cross_entropy.Options(device=device, quick=True)
-    row = bench_cross_entropy.bench(small, "float32", options, F.cross_entropy)
-    assert row.case == case.name
-    assert (row.peak_bytes is None) == (row.copy_bandwidth is None) == (device == "cpu")
+def test_an_update_in_backward_holds_fewer_gradients(session: suite.Session) -> None:
+    row = bench_sgd_options.InBackward("lenet", 1, "momentum").measured(session)
+    gradients = 4 * 81_194
+    assert gradients < row.peak_bytes["step()"]
+    assert row.peak_bytes[OURS] < row.peak_bytes["step()"] - gradients / 10
+    assert row.others == ["native", "step()"]
 
 
 @pytest.mark.parametrize(("size", "floor"), [("255x1000", "round trip"), ("256x1000", "exp")])
-@pytest.mark.usefixtures("short_blocks")
 def test_the_floor_follows_the_size(size: str, floor: str) -> None:
-    options = bench_cross_entropy.Options(quick=True)
-    case = bench_cross_entropy.case(size)
-    assert bench_cross_entropy.bench(case, "float32", options, F.cross_entropy).floor_name == floor
+    assert bench_cross_entropy.sized(size).cpu_floor == floor
 
 
 @pytest.mark.usefixtures("short_blocks")
-@pytest.mark.parametrize("dtype", bench_pointwise_loss.DTYPES)
+@pytest.mark.parametrize("dtype", bench_cross_entropy.DTYPES)
 @pytest.mark.parametrize("loss", bench_pointwise_loss.LOSSES)
-def test_every_pointwise_loss_is_measured(loss: str, dtype: str, device: str) -> None:
-    options = bench_pointwise_loss.Options(device=device, quick=True)
-    case = bench_pointwise_loss.Case(loss, (2, 3, 5), dtype)
-    ours = getattr(cli.require_fusedstep().functional, loss)
-    row = bench_pointwise_loss.bench(case, options, ours)
-    assert (row.loss, row.size, row.dtype) == (loss, "2x3x5", dtype)
-    assert (row.peak_bytes is None) == (device == "cpu")
+def test_every_pointwise_loss_is_measured(loss: str, dtype: str, session: suite.Session) -> None:
+    row = bench_pointwise_loss.Case(loss, (2, 3, 5), dtype=dtype).measured(session)
+    assert (row.case, row.dtype, row.others) == (f"{loss}, 2x3x5", dtype, ["native"])
 
 
 @pytest.mark.parametrize(("size", "floor"), [(255_999, "round trip"), (256_000, "add")])
-@pytest.mark.usefixtures("short_blocks")
 def test_the_floor_of_a_pointwise_loss_follows_the_size(size: int, floor: str) -> None:
-    options = bench_pointwise_loss.Options(quick=True)
-    case = bench_pointwise_loss.Case("mse_loss", (size,), "float32")
-    assert bench_pointwise_loss.bench(case, options, F.mse_loss).floor_name == floor
+    assert bench_pointwise_loss.Case("mse_loss", (size,)).cpu_floor == floor
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_the_fused_heads_of_torch_are_compared(session: suite.Session) -> None:
+    row = bench_linear_cross_entropy.Case(4, 3, 5).measured(session)
+    heads = {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}
+    assert heads < set(row.others) and not row.missing
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_bandwidth_has_no_competitors(session: suite.Session) -> None:
+    row = bench_bandwidth.Case(4096).measured(session)
+    assert set(row.samples) == set(tables.ARRAYS_MOVED) and row.others == []
+
+
+def test_plots_cover_their_axes_and_name_their_points() -> None:
+    for quick in (True, False):
+        cases = bench_scaling.Options(quick=quick).cases
+        by_axis: dict[str, list[float]] = {}
+        for case in cases:
+            assert case.point is not None
+            by_axis.setdefault(case.point.axis, []).append(case.point.x)
+        assert (min(by_axis["classes C"]), max(by_axis["classes C"])) == (10, 262_144)
+        assert (min(by_axis["tensors"]), max(by_axis["tensors"])) == (1, 2000)
+        most = 10_000_000 if quick else 500_000_000
+        assert (min(by_axis["parameters"]), max(by_axis["parameters"])) == (1000, most)
+        assert set(by_axis["threads"]) == set(bench_scaling.thread_counts())
+        assert len(
+            {(case.operation, str(case), case.threads, case.point) for case in cases}
+        ) == len(cases)
 
 
 @pytest.mark.parametrize(
@@ -570,7 +717,7 @@ def test_the_floor_of_a_pointwise_loss_follows_the_size(size: int, floor: str) -
     ],
 )
 def test_a_parameter_set_has_its_size(name: str, tensors: int, floats: int) -> None:
-    shapes = bench_sgd.SETS[name]()
+    shapes = list(bench_sgd.SETS[name]())
     assert len(shapes) == tensors
     assert sum(math.prod(shape) for shape in shapes) == floats
 
@@ -584,9 +731,12 @@ def slightly_wrong_loss(
 
 class SlightlyWrongSGD(torch.optim.SGD):
     def __init__(self, parameters: Any, lr: float, **settings: Any) -> None:
+        for option in bench_sgd_options.OPTIONS:
+            settings.pop(option, None)
         super().__init__(parameters, lr=lr * 1.01, **settings)
 
 
+@pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("script", TINY)
 def test_wrong_results_are_not_timed(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -596,11 +746,13 @@ def test_wrong_results_are_not_timed(
         wrong = partial(slightly_wrong_loss, getattr(F, loss))
         monkeypatch.setattr(fusedstep.functional, loss, wrong)
     monkeypatch.setattr(fusedstep, "SGD", SlightlyWrongSGD)
-    for module in (bench_cross_entropy, bench_pointwise_loss, bench_sgd, bench_train_step):
-        monkeypatch.setattr(module, "measure", lambda *arguments: pytest.fail("it was timed"))
-    status, line = refusal(script, TINY[script], capsys)
-    assert status == 1
-    assert "not timed" in line
+    monkeypatch.setattr(suite, "measure", lambda *arguments: pytest.fail("it was timed"))
+    with pytest.raises(SystemExit) as exit:
+        run(script, f"{TINY[script]} --quick")
+    error = capsys.readouterr().err
+    assert exit.value.code == 1
+    assert error.startswith("error: 2 of 2 cases failed, first ") and error.count("\n") == 1
+    assert "not timed" in error
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 1.1])
@@ -633,11 +785,6 @@ def test_errors_are_compared_by_their_norm() -> None:
 # The check of a GPU, tried out on the CPU
 
 
-@pytest.fixture
-def small_copy(monkeypatch: pytest.MonkeyPatch, short_blocks: None) -> None:
-    monkeypatch.setattr(gpu_cases, "COPY_BYTES", 2**12)
-
-
 class Overwriting(torch.autograd.Function):
     """A loss that leaves its gradient where the logits were."""
 
@@ -660,69 +807,63 @@ def refuse_everything(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("no such\narchitecture")
 
 
-@pytest.mark.usefixtures("small_copy")
+@pytest.mark.usefixtures("small_copy", "short_blocks")
 def test_the_check_names_what_it_measures_and_what_it_cannot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = {
-        "native": gpu_cases.OtherLoss(lambda: F.cross_entropy),
-        "quack": gpu_cases.OtherLoss(lambda: F.cross_entropy, matrices_only=True),
-        "Liger": gpu_cases.OtherLoss(lambda: Overwriting.apply, overwrites_logits=True),
-        "compile": gpu_cases.OtherLoss(lambda: partial(slightly_wrong_loss, F.cross_entropy)),
-        "broken": gpu_cases.OtherLoss(lambda: refuse_everything),
-        "missing": gpu_cases.OtherLoss(lambda: __import__("no_such_peer")),
+        "native": peers.Other(lambda: F.cross_entropy),
+        "quack": peers.Other(lambda: F.cross_entropy, plain_matrices_only=True),
+        "Liger": peers.Other(lambda: Overwriting.apply, overwrites_logits=True),
+        "wrong": peers.Other(lambda: partial(slightly_wrong_loss, F.cross_entropy)),
+        "broken": peers.Other(lambda: refuse_everything),
+        "missing": peers.Other(lambda: __import__("no_such_peer")),
     }
-    monkeypatch.setattr(gpu_cases, "LOSSES", others)
-    monkeypatch.setattr(gpu_check, "LOSSES", others)
-    monkeypatch.setitem(gpu_cases.OTHERS_TOLERANCE, torch.float32, 1e-5)
+    monkeypatch.setattr(peers, "LOSSES", others)
+    monkeypatch.setattr(bench_cross_entropy, "LOSSES", others)
+    monkeypatch.setitem(peers.TOLERANCE, torch.float32, 1e-5)
     path = tmp_path / "check.json"
-    run("gpu_check", f"{TINY_CHECK} --losses {','.join(others)} --json {path}")
+    names = ",".join([*others, "for-loop", "fused"])
+    run("gpu_check", f"{TINY_CHECK} --against {names} --json {path}")
     output = capsys.readouterr().out
     assert "missing: absent: ModuleNotFoundError: No module named 'no_such_peer'" in output
-    assert output.index("copy bandwidth") < output.index("SGD.step()") < output.index("Goals")
+    assert output.index("SGD.step()") < output.index("Goals")
 
-    document = json.loads(path.read_text())
-    assert document["implementations"]["native"] == f"torch {torch.__version__}"
-    assert document["failures"] == {} and document["left_out"] == []
-    rows = {(row["case"], row["dtype"]): row for row in document["rows"]}
-    assert list(rows) == [
+    results = Results.load(path)
+    assert results.implementations["native"] == f"torch {torch.__version__}"
+    assert results.failures == {} and results.left_out == []
+    rows = {(row.case.partition(":")[0], row.dtype): row for row in results.rows[:4]}
+    assert [(row.case.partition(":")[0], row.dtype) for row in results.rows] == [
         (case, dtype)
-        for case in ("3x5", "2x3x4", "lenet, plain", "lenet, momentum")
+        for case in ("3x5", "2x3x4", "lenet", "lenet")
         for dtype in ("bfloat16", "float32")
     ]
     matrix, image = rows["3x5", "float32"], rows["2x3x4", "float32"]
-    assert set(matrix["ratio"]) == {"native", "quack", "Liger"}
-    assert set(matrix["seconds"]) == {"fusedstep", "native", "quack", "Liger"}
-    assert matrix["missing"]["broken"] == "failed: RuntimeError: no such architecture"
-    assert matrix["missing"]["compile"].startswith("wrong: ")
-    assert image["missing"]["quack"] == "not covered"
-    assert (matrix["bytes_moved"], image["bytes_moved"]) == (2 * 15 * 4, 2 * 24 * 4)
-    assert (matrix["kind"], image["kind"]) == ("CNN", "other")
-    assert rows["lenet, plain", "float32"]["bytes_moved"] == 3 * 4 * 81_194
-    assert rows["lenet, momentum", "bfloat16"]["bytes_moved"] == 5 * 2 * 81_194
-    for row in rows.values():
-        took = row["seconds"]["fusedstep"]["median"]
-        share = row["bytes_moved"] / took / row["copy_bandwidth"]
-        assert row["share"]["median"] == pytest.approx(share, rel=10)
-        assert row["share"]["low"] <= row["share"]["median"] <= row["share"]["high"]
+    assert set(matrix.implementations) == {OURS, "native", "quack", "Liger"}
+    assert matrix.missing["broken"] == "failed: RuntimeError: no such architecture"
+    assert matrix.missing["wrong"].startswith("wrong: ")
+    assert image.missing["quack"] == "not covered"
+    assert (matrix.bytes_moved, image.bytes_moved) == (2 * 15 * 4, 2 * 24 * 4)
+    assert (gpu_check.kind(matrix), gpu_check.kind(image)) == ("CNN", "other")
+    plain, momentum = (results.rows[index] for index in (5, 6))
+    assert plain.bytes_moved == 3 * 4 * 81_194 and momentum.bytes_moved == 5 * 2 * 81_194
+    assert gpu_check.kind(plain) == "lenet" and plain.others == ["for-loop", "fused"]
 
 
-@pytest.mark.usefixtures("small_copy")
-def test_the_share_of_copy_bandwidth_is_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"fusedstep": [4.0] * 3, "copy": [1.0] * 3}
-    monkeypatch.setattr(gpu_cases, "measure", lambda *arguments: timing.Measurement(times))
-    case = gpu_cases.StepCase("lenet", "plain", "float32")
-    row = session().row(case, 4 * 2**12, [lambda: None], {})
-    assert row.share.median == 0.5  # twice the bytes of the copy in four times its time
-    assert row.copy_bandwidth == 2 * 2**12
+def test_a_large_copy_counts_by_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {OURS: [4.0] * 3, LARGE_COPY: [1.0] * 3}
+    monkeypatch.setattr(suite, "measure", lambda *arguments: timing.Measurement(times))
+    work = suite.Work(
+        "native", {OURS: lambda: [lambda: None]}, {LARGE_COPY: []}, None, 4 * suite.COPY_BYTES
+    )
+    sessions = suite.Session(cli.require_fusedstep(), "cpu", 1, {})
+    row = sessions.row(bench_cross_entropy.sized("3x5"), work)
+    # twice the bytes that the copy reads and writes, in four times its time
+    assert gpu_check.copy_share(row) == 0.5
+    assert row.share is not None and row.share.median == 0.5
 
 
-def session(seconds: float = 60.0, **losses: Any) -> gpu_cases.Session:
-    fusedstep = cli.require_fusedstep()
-    return gpu_cases.Session(fusedstep, losses, {}, "cpu", 1, seconds)
-
-
-@pytest.mark.usefixtures("small_copy")
+@pytest.mark.usefixtures("small_copy", "short_blocks")
 def test_wrong_results_are_named_and_the_check_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -734,9 +875,9 @@ def test_wrong_results_are_named_and_the_check_goes_on(
         run("gpu_check", TINY_CHECK)
     output = capsys.readouterr()
     assert exit.value.code == 1
-    assert output.err == "error: 4 of 8 cases failed\n"
+    assert output.err.startswith("error: 4 of 8 cases failed")
     assert output.out.count("wrong: WrongResult: not timed, the gradient of") == 4
-    assert "lenet, momentum" in output.out
+    assert "lenet" in output.out
 
 
 def test_every_part_of_the_batch_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -751,38 +892,42 @@ def test_every_part_of_the_batch_is_compared(monkeypatch: pytest.MonkeyPatch) ->
             gradient[-1] *= 1.01
             return gradient
 
-    monkeypatch.setattr(gpu_cases, "REFERENCE_ELEMENTS", 11)
-    case = gpu_cases.LossCase((5, 4, 2), "float32")
-    (reference,) = bench_cross_entropy.operand_sets(case._case, torch.float32, "cpu")
-    case._check(F.cross_entropy, reference, exact=True)
+    monkeypatch.setattr(bench_cross_entropy, "REFERENCE_ELEMENTS", 11)
+    case = bench_cross_entropy.sized("5x4x2")
+    reference = case.operands("cpu")
+    case.check(OURS, F.cross_entropy, reference)
     with pytest.raises(correctness.WrongResult, match="the gradient"):
-        case._check(lambda x, y: F.cross_entropy(LastRow.apply(x), y), reference, exact=False)
+        case.check("other", lambda x, y: F.cross_entropy(LastRow.apply(x), y), reference)
     with pytest.raises(correctness.WrongResult, match="the loss"):
-        case._check(lambda x, y: F.cross_entropy(x, y) + 0.1, reference, exact=False)
+        case.check("other", lambda x, y: F.cross_entropy(x, y) + 0.1, reference)
 
 
-@pytest.mark.usefixtures("small_copy")
+@pytest.mark.usefixtures("small_copy", "short_blocks")
 def test_without_time_nothing_is_compiled_and_then_nothing_begun(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], session: suite.Session
 ) -> None:
-    compiled = gpu_cases.OtherLoss(lambda: F.cross_entropy, compiles=True)
-    monkeypatch.setitem(gpu_cases.LOSSES, "quack", compiled)
-    row = gpu_cases.LossCase((3, 5), "float32").measured(session(0.0, quack=F.cross_entropy))
-    assert row.missing == {"quack": "no time"}
+    late = replace(session, implementations={"compile": "torch"}, compile_until=-math.inf)
+    for case in (
+        bench_cross_entropy.sized("3x5"),
+        bench_pointwise_loss.Case("mse_loss", (7,)),
+        bench_linear_cross_entropy.Case(4, 3, 5),
+        bench_sgd.Case("", [(3,)], "plain"),
+    ):
+        assert case.measured(late).missing == {"compile": "no time"}
     path = tmp_path / "check.json"
     run("gpu_check", f"{TINY_CHECK} --minutes 0 --json {path}")
     output = capsys.readouterr().out
     assert "no time was left for" in output and "not measured" in output
-    document = json.loads(path.read_text())
-    assert len(document["left_out"]) == 8 and document["rows"] == []
+    results = Results.load(path)
+    assert len(results.left_out) == 8 and results.rows == []
 
 
 def test_a_case_shrinks_to_the_memory() -> None:
-    case = gpu_cases.LossCase((2048, 1000), "float32")
-    row_bytes = 4000 * gpu_cases.LOGITS_IN_MEMORY
-    assert case.fitted(10**12) == case
-    assert case.fitted(100 * row_bytes + 1).shape == (100, 1000)
-    assert case.fitted(0).shape == (1, 1000)
+    case = bench_cross_entropy.sized("2048x1000")
+    row_bytes = 4000 * gpu_check.LOGITS_IN_MEMORY
+    assert gpu_check.fitted(case, 10**12) == case
+    assert gpu_check.fitted(case, 100 * row_bytes + 1).shape == (100, 1000)
+    assert str(gpu_check.fitted(case, 0)) == "1x1000"
 
 
 @pytest.mark.parametrize(
@@ -796,7 +941,8 @@ def test_a_case_shrinks_to_the_memory() -> None:
     ],
 )
 def test_goals_are_by_kinds_of_logits(shape: tuple[int, ...], kind: str) -> None:
-    assert gpu_cases.LossCase(shape, "float32").kind == kind
+    row = fake_row(bench_cross_entropy.sized("x".join(map(str, shape))))
+    assert gpu_check.kind(row) == kind
 
 
 def section(name: str, ts: float, dur: float, cat: str = "user_annotation") -> dict[str, Any]:
@@ -833,9 +979,8 @@ def test_a_profiler_that_sees_no_gpu_counts_nothing() -> None:
 
 
 def test_backward_is_called_apart_from_forward() -> None:
-    case = gpu_cases.LossCase((3, 5), "float32")
-    (operands,) = bench_cross_entropy.operand_sets(case._case, torch.float32, "cpu")
-    parts = gpu_cases.halves("native", F.cross_entropy, operands)
+    operands = bench_cross_entropy.sized("3x5").operands("cpu")
+    parts = bench_cross_entropy.halves("native", F.cross_entropy, operands)
     for _ in range(2):
         parts["native forward"]()
         assert operands.x.grad is None
@@ -844,23 +989,23 @@ def test_backward_is_called_apart_from_forward() -> None:
         assert torch.equal(operands.x.grad, gradient)
 
 
-def fake_row(case: gpu_cases.LossCase | gpu_cases.StepCase, **changes: Any) -> gpu_cases.Row:
-    spread = timing.Spread(0.012345, 0.01, 0.02)
-    is_loss = isinstance(case, gpu_cases.LossCase)
-    others = gpu_cases.LOSSES if is_loss else gpu_cases.OPTIMIZERS
-    parts = [f"fusedstep {half}" for half in ("forward", "backward")] if is_loss else ["fusedstep"]
-    row = gpu_cases.Row(
+def fake_row(case: suite.Case, **changes: Any) -> Row:
+    """One that meets every goal; `copy` and `faster` set how much longer others take."""
+    copy, faster = changes.pop("copy", 0.95), changes.pop("faster", {})
+    is_loss = case.operation == "cross_entropy"
+    others = peers.LOSSES if is_loss else peers.OPTIMIZERS
+    parts = [f"{OURS} {half}" for half in ("forward", "backward")] if is_loss else [OURS]
+    times = {OURS: 1.0, LARGE_COPY: copy} | dict.fromkeys(others, 123.456) | faster
+    row = Row(
         operation=case.operation,
-        kind=case.kind,
-        case=case.name,
+        case=str(case),
         dtype=case.dtype,
+        threads=1,
+        native="native" if is_loss else "foreach",
+        floors=[LARGE_COPY],
+        samples={name: [0.012345 * time] * 3 for name, time in times.items()},
         bytes_moved=2**30,
-        seconds={"fusedstep": spread},
-        ratio={name: timing.Spread(123.456, 1.0, 2.0) for name in others},
-        missing={},
-        copy_bandwidth=4e12,
-        share=timing.Spread(0.95, 0.94, 0.96),
-        peak_bytes={"fusedstep": 2**29, "native": 2**30},
+        peak_bytes={OURS: 2**29, "native": 2**30},
         launched={part: Launches(1, 0) for part in parts},
         replayed=True,
     )
@@ -874,24 +1019,24 @@ def test_the_tables_fit_in_12000_characters() -> None:
         gpu_check.show(rows, [goal.verdict(rows) for goal in gpu_check.GOALS])
     shown = capture.get()
     assert len(shown) < 12_000
-    assert "2048x262144" in shown and "4.00 TB/s" in shown
+    assert "2048x262144" in shown and "91.56 GB/s" in shown
     assert shown.count(" met ") == len(gpu_check.GOALS)
 
 
-def verdicts(*rows: gpu_cases.Row) -> dict[str, gpu_check.Verdict]:
+def verdicts(*rows: Row) -> dict[str, gpu_check.Verdict]:
     return {goal.text: goal.verdict(rows) for goal in gpu_check.GOALS}
 
 
 def test_a_goal_is_judged_by_its_worst_case() -> None:
-    wide = gpu_cases.LossCase((8, 32000), "bfloat16")
-    cnn = gpu_cases.LossCase((64, 10), "float32")
-    step = gpu_cases.StepCase("cifar", "plain", "float32")
+    wide = replace(bench_cross_entropy.sized("8x32000"), dtype="bfloat16")
+    cnn = bench_cross_entropy.sized("64x10")
+    step = bench_sgd.Case("cifar", [(3,)], "plain")
     rows = [
         fake_row(wide),
-        fake_row(wide, share=timing.Spread(0.5, 0.5, 0.5), dtype="float32"),
-        fake_row(cnn, ratio={"native": timing.Spread(2.0, 2.0, 2.0)}),
+        fake_row(wide, copy=0.5, dtype="float32"),
+        fake_row(cnn, faster={"native": 2.0}),
         fake_row(cnn, launched={"fusedstep forward": Launches(1, 1)}, replayed=False),
-        fake_row(step, ratio={"fused": timing.Spread(2.9, 2.0, 3.0)}),
+        fake_row(step, faster={"fused": 2.9}),
     ]
     found = verdicts(*rows)
     share = found["vocabulary: share of copy bandwidth"]
@@ -909,27 +1054,236 @@ def test_a_goal_is_judged_by_its_worst_case() -> None:
 
 def test_what_was_not_measured_is_not_met() -> None:
     assert {verdict.met for verdict in verdicts().values()} == {None}
-    on_cpu = fake_row(gpu_cases.LossCase((64, 10), "float32"), launched={}, replayed=None, ratio={})
+    case = bench_cross_entropy.sized("64x10")
+    on_cpu = fake_row(case, launched={}, replayed=None, samples={OURS: [1.0]}, floors=[])
     assert {verdict.met for verdict in verdicts(on_cpu).values()} == {None}
 
 
-@pytest.mark.usefixtures("small_copy")
+@pytest.mark.usefixtures("small_copy", "short_blocks")
 def test_the_check_looks_into_what_runs_on_a_card(device: str, tmp_path: Path) -> None:
     path = tmp_path / "check.json"
-    arguments = "--sizes 64x10,4x5000 --sets lenet --losses native --optimizers fused --quick"
+    arguments = "--sizes 64x10,4x5000 --sets lenet --against native,fused --quick"
     run("gpu_check", f"{arguments} --device {device} --json {path}")
-    document = json.loads(path.read_text())
-    assert document["failures"] == {} and document["left_out"] == []
-    for row in document["rows"]:
+    results = Results.load(path)
+    assert results.failures == {} and results.left_out == []
+    for row in results.rows:
         if device == "cpu":
-            assert row["replayed"] is None and row["launched"] == {}
-            assert set(row["peak_bytes"].values()) <= {None}
+            assert row.replayed is None and row.launched == {}
         else:
-            assert row["replayed"] and row["launched"]
-            if row["kind"] == "vocabulary":
-                assert row["peak_bytes"]["fusedstep"] < row["peak_bytes"]["native"]
+            assert row.replayed and row.launched
+        if gpu_check.kind(row) == "vocabulary":
+            assert row.peak_bytes[OURS] < row.peak_bytes["native"]
 
 
 def test_training_runs_on_the_device(device: str) -> None:
     result = training.train(config(device=device))
     assert all(epoch.loss_difference < 1e-2 for epoch in result.epochs)
+
+
+# Reports
+
+
+def made_up(ratio: float = 2.0, spread: float = 0.01, seed: int = 0) -> Results:
+    """Results of which torch's default takes `ratio` as long as fusedstep, but for one lost row."""
+    random = torch.Generator().manual_seed(seed)
+
+    def samples(**times: float) -> dict[str, list[float]]:
+        noise = 1 + spread * torch.randn(21, generator=random)
+        return {name: (1e-3 * time * noise).tolist() for name, time in times.items()}
+
+    def row(operation: str, case: str, native: str = "native", **more: Any) -> Row:
+        found = samples(fusedstep=1.0, floor=0.8) | samples(**{native: ratio})
+        return Row(operation, case, "float32", 1, native, ["floor"], found, **more)
+
+    points = [suite.Point("a plot", "rows N", x) for x in (1, 10, 100)]
+    lost = row("pointwise_loss", "mse_loss, 9")
+    lost.samples["compile"] = [0.5 * value for value in lost.samples[OURS]]
+    rows = [
+        row("cross_entropy", "64x10", bytes_moved=5120, peak_bytes={OURS: 2560, "native": 7680}),
+        lost,
+        row("sgd", "cifar: 10 tensors, plain", "for-loop", missing={"compile": "no time"}),
+        row("train_step", "LeNet, batch 4, plain", shares={OURS: 0.1, "native": 0.2}),
+        row("train_step", "LeNet, batch 16, plain", shares={OURS: 0.1, "native": 0.2}),
+        row("training", "LeNet, batch 4, 2 steps", losses={OURS: [2.0, 1.0], "native": [2.0, 1.1]}),
+        *(row("cross_entropy", f"{point.x:g}x10", point=point) for point in points),
+        row("sgd", "flat, plain", "for-loop", point=suite.Point("SGD, flat", "threads", 2)),
+        Row(
+            "bandwidth",
+            "1 MiB",
+            "float32",
+            1,
+            "",
+            list(tables.ARRAYS_MOVED),
+            samples(copy=1.0, exp=2.0, add_=1.5),
+            bytes_moved=2**20,
+            point=suite.Point("bandwidth, 1 threads", "bytes an array", 2**20),
+        ),
+    ]
+    environment = report.environment("cpu") | {"command": "python benchmarks/run.py <&>"}
+    found = {"native": "torch 2", "Liger": "absent: it needs CUDA"}
+    return Results(environment, found, rows, {"sgd: large": "no memory"}, ["sgd: larger"])
+
+
+def test_results_survive_their_file(tmp_path: Path) -> None:
+    results = made_up()
+    launched = {"fusedstep forward": Launches(1, 2)}
+    results.rows[0] = replace(results.rows[0], launched=launched, replayed=True)
+    results.save(tmp_path / "results.json")
+    again = Results.load(tmp_path / "results.json")
+    assert again.environment == results.environment and again.failures == results.failures
+    for ours, theirs in zip(again.rows, results.rows, strict=True):
+        assert replace(ours, samples={}) == replace(theirs, samples={})
+        for name, seconds in theirs.samples.items():
+            assert ours.samples[name] == pytest.approx(seconds, rel=1e-4)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": []}', '{"rows": [{"case": 1}]}'])
+def test_what_is_not_results_gets_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    status, line = refusal("run", f"--results {path} --out {tmp_path}", capsys)
+    assert status == 2 and "holds no results" in line
+
+
+def test_a_report_stands_alone_and_shows_losses_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = made_up()
+    results.save(tmp_path / "results.json")
+    arguments = f"--results {tmp_path / 'results.json'} --out {tmp_path / 'out'}"
+    with pytest.raises(SystemExit) as exit:  # a case has failed
+        run("run", f"{arguments} --compare {tmp_path / 'results.json'}")
+    assert exit.value.code == 1
+    html = (tmp_path / "out" / "report.html").read_text()
+    for reference in ("http:", "https:", "<script", "<link", "@import", "url("):
+        assert reference not in html
+    assert html.count("data:image/svg+xml;base64,") == html.count("<img ") > 6
+    titles = [
+        *("Changes", "Where fusedstep is slower", "In short", "How to read this"),
+        *("Cross-entropy, forward and backward", "A step of SGD", "Whole training steps"),
+        *("Scaling with size", "Scaling with threads", "The machine&#39;s bandwidth"),
+        *("Training runs", "What was measured where"),
+    ]
+    places = [html.index(f"<h2>{title}</h2>") for title in titles]
+    assert places == sorted(places)
+    for part in (
+        *("mse_loss, 9", "torch.compile", "0.50 (0.50 – 0.50)", "absent: it needs CUDA"),
+        *("sgd: large: no memory", "sgd: larger", "&lt;&amp;&gt;", torch.__version__),
+        *("1 of 5", "20%", "there is no crossover", "no time"),
+    ):
+        assert part in html, part
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.index("mse_loss, 9") < text.index("## In short")
+    drawn = sorted(path.stem for path in (tmp_path / "out" / "plots").iterdir())
+    assert all(f"](plots/{name}.svg)" in text for name in drawn) and "overview" in drawn
+    assert "| cifar: 10 tensors, plain |" in text
+    assert "report: " in capsys.readouterr().out
+
+
+def test_a_crossover_is_called_out() -> None:
+    results = made_up(ratio=0.9)
+    text = page.crossovers(page.by_plot(results.compared))
+    assert "rows N = 100 (0.90)" in text
+
+
+def test_changes_beyond_the_noise_are_flagged() -> None:
+    old = made_up(2.0)
+    slower, same, faster = (
+        compare.changes(made_up(ratio, seed=1), old) for ratio in (1.9, 2.0, 2.1)
+    )
+    assert {change.verdict for change in slower} == {compare.SLOWER}
+    assert {change.verdict for change in same} == {compare.NOISE}
+    assert {change.verdict for change in faster} == {compare.FASTER}
+    assert all(change.low < change.ratio < change.high for change in same)
+    assert slower[0].ratio == pytest.approx(2.0 / 1.9, rel=0.02)
+    noisy = compare.changes(made_up(1.9, spread=0.5, seed=1), made_up(2.0, spread=0.5))
+    assert {change.verdict for change in noisy} == {compare.NOISE}
+    assert len(slower) == len(old.compared)
+
+
+def test_only_rows_of_both_runs_are_compared() -> None:
+    old, new = made_up(), made_up()
+    new.rows[0] = replace(new.rows[0], dtype="bfloat16")
+    assert len(compare.changes(new, old)) == len(old.compared) - 1
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_everything_runs_by_one_command(tmp_path: Path) -> None:
+    run(
+        "run",
+        "--quick --ops cross_entropy,sgd,train_step --sizes 3x5 --sets lenet --models lenet "
+        f"--batch-sizes 2 --against native,for-loop,fused --out {tmp_path / 'out'}",
+    )
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert [row.operation for row in results.rows] == [
+        *("cross_entropy", "sgd", "sgd", "sgd", "train_step", "train_step", "training")
+    ]
+    (run_,) = (row for row in results.rows if row.losses)
+    assert tables.loss_difference(run_) < 1e-4 and len(run_.losses[OURS]) == 100
+    step = results.rows[4]
+    assert 0 < step.shares["native"] < 1 and step.floor == bench_train_step.NETWORK_ALONE
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_every_operation_has_cases() -> None:
+    for quick in (True, False):
+        for operation in run_all.OPERATIONS:
+            assert run_all.Options(quick=quick, ops=operation).cases
+
+
+# Networks of the whole step
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("resnet18", 11_689_512), ("transformer", 19_559_936)]
+)
+def test_a_larger_network_has_its_size_and_all_gradients(name: str, parameters: int) -> None:
+    model = bench_train_step.MODELS[name]
+    torch.manual_seed(0)
+    network = model.build()
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    inputs, labels = next(iter(model.stream(2)))
+    outputs = network(inputs)
+    assert outputs.shape == (len(labels), 32_000 if name == "transformer" else 1000)
+    F.cross_entropy(outputs, labels).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_a_transformer_does_not_look_ahead() -> None:
+    torch.manual_seed(0)
+    network = bench_train_step.Transformer().eval()
+    tokens, _ = bench_train_step.sequences(1)
+    changed = tokens.clone()
+    changed[0, 40] += 1
+    with torch.no_grad():
+        before, after = network(tokens), network(changed % 32_000)
+    torch.testing.assert_close(before[:40], after[:40])
+    assert not torch.equal(before[40:], after[40:])
+
+
+# The README
+
+
+def test_the_readme_has_the_figures_of_committed_results() -> None:
+    text = readme.README.read_text()
+    assert set(re.findall(r"<!-- measured: (\w+) from", text)) == set(readme.PARTS)
+    assert readme.rendered(text) == text, "`make readme` rewrites its tables"
+
+
+def test_a_part_of_the_readme_is_written_between_its_marks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up().save(tmp_path / "results.json")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    parts = [
+        f"<!-- measured: {name} from results.json -->\nold figures\n<!-- end -->"
+        for name in ("source", "overview", "slower", "cross_entropy", "sgd")
+    ]
+    text = readme.rendered("\n\n".join(["before", *parts, "after"]))
+    assert text.startswith("before") and text.endswith("after") and "old figures" not in text
+    assert "| 64x10 | 2.0" in text and "python benchmarks/run.py <&>" in text
+    assert readme.rendered(text) == text
+    with pytest.raises(cli.Refusal, match="no part 'speed'"):
+        readme.rendered("<!-- measured: speed from results.json -->\n<!-- end -->")

@@ -192,6 +192,21 @@ def test_setup_without_torch_stops_with_one_sentence() -> None:
     assert "install torch, then `pip install --no-build-isolation .`" in sentence
 
 
+def test_a_build_without_a_compiler_stops_with_one_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={tmp_path}"]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"CXX": "no-such-compiler -pipe", "FUSEDSTEP_CUDA": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    *_, sentence = result.stderr.splitlines()
+    assert "needs a C++20 compiler and no-such-compiler -pipe is not on PATH" in sentence
+    assert not list(tmp_path.iterdir())
+
+
 # nvcc 13.0's own order.
 LIST_GPU_ARCH = "\n".join(
     f"compute_{n}" for n in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)

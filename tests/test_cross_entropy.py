@@ -327,32 +327,38 @@ def draw(case: Case, device: str) -> Inputs:
 
 
 def check(case: Case, device: str) -> None:
+    """As check_inputs, for inputs drawn at random."""
+    check_inputs(draw(case, device), case)
+
+
+def check_inputs(inputs: Inputs, label: Any) -> None:
     """No less accurate than torch on the same input; inputs untouched; torch's dtypes, shapes and
     strides. Torch is asked twice for 16-bit types: as it is, and in float32 on the same numbers,
     because computing in 16 bits is no standard to hold on to."""
-    inputs = draw(case, device)
+    dtype = inputs.logits.dtype
     expected = inputs.expected()
     tensors = [t for t in (inputs.logits, inputs.target, inputs.weight) if t is not None]
     before = [whole_storage(t).clone() for t in tensors]
     loss, grad = inputs.loss_and_grad(inputs.loss.ours)
     for tensor, bytes_before in zip(tensors, before, strict=True):
-        assert torch.equal(whole_storage(tensor), bytes_before), f"{case}: an input was modified"
+        assert torch.equal(whole_storage(tensor), bytes_before), f"{label}: an input was modified"
 
-    peer = replace(inputs, target=inputs.target.long()) if case.target == "uint8" else inputs
+    is_byte = inputs.target.dtype == torch.uint8
+    peer = replace(inputs, target=inputs.target.long()) if is_byte else inputs
     peers = [peer.loss_and_grad(inputs.loss.native)]
-    if COMPUTE[case.dtype] != case.dtype:
-        peers.append(peer.to(COMPUTE[case.dtype]).loss_and_grad(inputs.loss.native))
-    assert (loss.dtype, loss.shape) == (peers[0][0].dtype, peers[0][0].shape), case
-    assert (grad.dtype, grad.shape) == (case.dtype, inputs.logits.shape), case
-    assert grad.stride() == torch.empty_like(inputs.logits).stride(), case
+    if COMPUTE[dtype] != dtype:
+        peers.append(peer.to(COMPUTE[dtype]).loss_and_grad(inputs.loss.native))
+    assert (loss.dtype, loss.shape) == (peers[0][0].dtype, peers[0][0].shape), label
+    assert (grad.dtype, grad.shape) == (dtype, inputs.logits.shape), label
+    assert grad.stride() == torch.empty_like(inputs.logits).stride(), label
 
     for name, ours, theirs, truth, scale in (
         ("loss", loss, [p[0] for p in peers], expected.loss, expected.loss_scale),
         ("gradient", grad, [p[1] for p in peers], expected.grad, expected.grad_scale),
     ):
-        limit = min(error(t, truth, scale, case.dtype) for t in theirs) + slack(case.dtype)
-        actual = error(ours, truth, scale, case.dtype)
-        assert actual <= limit, f"{case}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
+        limit = min(error(t, truth, scale, dtype) for t in theirs) + slack(dtype)
+        actual = error(ours, truth, scale, dtype)
+        assert actual <= limit, f"{label}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
 
 
 # ------------------------------------------------------------------ the reference itself

@@ -135,7 +135,7 @@ def foreign_imports(root: Path) -> Iterator[str]:
 def stray_text(root: Path) -> Iterator[str]:
     """No marker of unfinished work and no path that only one machine has, in any text file."""
     files = [f for f in root.iterdir() if f.is_file() and f.name != ".git"]
-    for name in ("csrc", "pyext", "benchmarks", "tests", ".ci"):
+    for name in ("csrc", "pyext", "benchmarks", "tests", "docs", ".ci", ".github"):
         files += [f for f in (root / name).rglob("*") if f.is_file()]
     for file in sorted(files):
         if file == Path(__file__):  # it holds the examples

@@ -47,6 +47,15 @@ using LaneInt = typename VecOf<A>::Scalar;
 template <class A>
 inline constexpr int kLanes = FUSEDSTEP_VECTOR_BYTES / static_cast<int>(sizeof(A));
 
+// bit_cast() of vectors: what passes one has to be compiled for the level.
+template <class To, class From>
+FUSEDSTEP_VEC To vec_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
 template <class A>
 FUSEDSTEP_VEC Vec<A> broadcast(A x) {
     return x - Vec<A>{};  // x - 0 keeps -0 and NaN; the compiler emits one broadcast
@@ -101,7 +110,7 @@ FUSEDSTEP_VEC VecD load(const double* p) {
 FUSEDSTEP_VEC VecF load(const bfloat16* p) {
     HalfU16 half;
     std::memcpy(&half, p, sizeof(half));
-    return bit_cast<VecF>(__builtin_convertvector(half, VecU32) << 16);
+    return vec_cast<VecF>(__builtin_convertvector(half, VecU32) << 16);
 }
 FUSEDSTEP_VEC VecF load(const float16* p) {
 #if FUSEDSTEP_VECTOR_BYTES == 64
@@ -118,7 +127,7 @@ FUSEDSTEP_VEC VecF load(const float16* p) {
 FUSEDSTEP_VEC void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
 FUSEDSTEP_VEC void store(double* p, VecD v) { std::memcpy(p, &v, sizeof(v)); }
 FUSEDSTEP_VEC void store(bfloat16* p, VecF v) {  // round to nearest even, NaN stays NaN
-    VecU32 const bits = bit_cast<VecU32>(v);
+    VecU32 const bits = vec_cast<VecU32>(v);
     VecU32 const rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     VecU32 const result = (bits & 0x7fffffffu) > 0x7f800000u ? VecU32{} + 0x7fc0u : rounded;
     HalfU16 const half = __builtin_convertvector(result, HalfU16);
@@ -150,15 +159,15 @@ FUSEDSTEP_VEC Vec<acc_t<T>> load_partial(const T* p, std::int64_t n) {
         if constexpr (std::is_same_v<T, float16>) {
             return _mm512_cvtph_ps(half);
         } else {
-            return bit_cast<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+            return vec_cast<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
         }
     }
 #else
 #if FUSEDSTEP_VECTOR_BYTES == 32
     if constexpr (std::is_same_v<T, float>) {
-        return _mm256_maskload_ps(p, bit_cast<__m256i>(first_lanes<float>(n)));
+        return _mm256_maskload_ps(p, vec_cast<__m256i>(first_lanes<float>(n)));
     } else if constexpr (std::is_same_v<T, double>) {
-        return _mm256_maskload_pd(p, bit_cast<__m256i>(first_lanes<double>(n)));
+        return _mm256_maskload_pd(p, vec_cast<__m256i>(first_lanes<double>(n)));
     }
 #endif
     alignas(FUSEDSTEP_VECTOR_BYTES) T buffer[kLanes<acc_t<T>>] = {};
@@ -181,10 +190,10 @@ FUSEDSTEP_VEC void store_partial(T* p, Vec<acc_t<T>> v, std::int64_t n) {
     }
 #elif FUSEDSTEP_VECTOR_BYTES == 32
     if constexpr (std::is_same_v<T, float>) {
-        _mm256_maskstore_ps(p, bit_cast<__m256i>(first_lanes<float>(n)), v);
+        _mm256_maskstore_ps(p, vec_cast<__m256i>(first_lanes<float>(n)), v);
         return;
     } else if constexpr (std::is_same_v<T, double>) {
-        _mm256_maskstore_pd(p, bit_cast<__m256i>(first_lanes<double>(n)), v);
+        _mm256_maskstore_pd(p, vec_cast<__m256i>(first_lanes<double>(n)), v);
         return;
     }
 #endif

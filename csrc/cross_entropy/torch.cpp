@@ -43,11 +43,13 @@
 #if defined(FUSEDSTEP_CUDA)
 #include "cross_entropy/cuda_entry.h"
 #endif
+#include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/gradient_memory.h"
 #include "torch_glue/loss.h"
 #include "torch_glue/node.h"
 #include "torch_glue/plain.h"
+#include "torch_glue/traceable_node.h"
 
 namespace fusedstep::cross_entropy {
 namespace {
@@ -66,6 +68,15 @@ struct Options {
 };
 
 // ---- What is covered ----
+
+CallCounter cross_entropy_calls("cross_entropy");
+CallCounter with_lse_calls("cross_entropy_with_lse");
+CallCounter focal_calls("focal_loss");
+
+CallCounter& calls_of(double gamma, bool with_lse) {
+    if (gamma != 0) return focal_calls;
+    return with_lse ? with_lse_calls : cross_entropy_calls;
+}
 
 bool is_class_index(const Tensor& target) {
     return target.scalar_type() == at::kLong || target.scalar_type() == at::kByte;
@@ -113,59 +124,69 @@ void check_shapes(const Tensor& logits, const Tensor& target) {
     TORCH_CHECK(false, message);
 }
 
-// The dtype of the loss, or nothing where the dtypes are not covered.
-std::optional<at::ScalarType> loss_type(const Tensor& logits, const Tensor& target,
-                                        const OptionalTensor& weight, bool probabilities) {
+// The dtype of the loss.
+Covered<at::ScalarType> loss_type(const Tensor& logits, const Tensor& target,
+                                  const OptionalTensor& weight, bool probabilities) {
     at::ScalarType const type = logits.scalar_type();
-    if (!kernel_dtype(type)) return std::nullopt;
+    if (!kernel_dtype(type)) return not_covered("a dtype that the kernels do not compute");
     bool const autocast = in_autocast(logits);
     bool const narrow = is_narrow(type);
     at::ScalarType loss = autocast && narrow ? at::kFloat : type;
     if (probabilities && target.scalar_type() != type) {
-        if (!narrow || target.scalar_type() != at::kFloat) return std::nullopt;
+        if (!narrow || target.scalar_type() != at::kFloat) {
+            return not_covered("class probabilities of another dtype than input");
+        }
         loss = at::kFloat;
     }
     if (is_given(weight) && weight->scalar_type() != type) {
         // Autocast widens logits and weight alike; without it torch refuses a mixture.
-        if (!autocast || !narrow || !kernel_dtype(weight->scalar_type())) return std::nullopt;
-        if (weight->scalar_type() == at::kDouble) return std::nullopt;
+        if (!autocast || !narrow || !kernel_dtype(weight->scalar_type()) ||
+            weight->scalar_type() == at::kDouble) {
+            return not_covered("a weight of another dtype than input");
+        }
     }
     return loss;
 }
 
-bool covers_tensor(const Tensor& tensor, const Tensor& logits) {
-    return tensor.device() == logits.device() && is_plain_strided(tensor);
-}
-
 // Decides from metadata alone. Raises for shapes that no kernel could accept.
-std::optional<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& target,
-                                                const OptionalTensor& weight,
-                                                std::int64_t reduction, std::int64_t ignore_index,
-                                                double label_smoothing) {
-    if (!has_kernels(logits) || in_functorch() || !is_plain_strided(logits) ||
-        !covers_tensor(target, logits)) {
-        return std::nullopt;
+Covered<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& target,
+                                          const OptionalTensor& weight, std::int64_t reduction,
+                                          std::int64_t ignore_index, double label_smoothing) {
+    if (!has_kernels(logits)) return not_covered("a device without kernels");
+    if (in_functorch()) return not_covered("a torch.func transform");
+    if (!is_plain_strided(logits)) return not_covered("input is sparse, or wrapped by a transform");
+    if (!is_plain_strided(target)) {
+        return not_covered("target is sparse, or wrapped by a transform");
     }
-    if (logits.dim() < 1 || logits.dim() > kMaxRowDims || class_count(logits) == 0) {
-        return std::nullopt;
+    if (target.device() != logits.device()) return not_covered("target on another device");
+    if (logits.dim() < 1 || logits.dim() > kMaxRowDims) {
+        return not_covered("a number of dimensions that the kernels do not walk");
     }
-    if (reduction < 0 || reduction > 2 || !(label_smoothing >= 0.0 && label_smoothing <= 1.0)) {
-        return std::nullopt;
+    if (class_count(logits) == 0) return not_covered("no classes");
+    if (reduction < 0 || reduction > 2) return not_covered("an unknown reduction");
+    if (!(label_smoothing >= 0.0 && label_smoothing <= 1.0)) {
+        return not_covered("label_smoothing outside [0, 1]");
     }
-    if (target.requires_grad() || torch::autograd::isFwGradDefined(logits) ||
-        torch::autograd::isFwGradDefined(target)) {
-        return std::nullopt;
+    if (target.requires_grad()) return not_covered("a target that requires a gradient");
+    if (torch::autograd::isFwGradDefined(logits) || torch::autograd::isFwGradDefined(target) ||
+        torch::autograd::isFwGradDefined(weight)) {
+        return not_covered("forward-mode differentiation");
     }
     if (is_given(weight)) {
-        if (!covers_tensor(*weight, logits) || weight->requires_grad() || weight->dim() != 1 ||
-            weight->sym_size(0) != class_count(logits) ||
-            torch::autograd::isFwGradDefined(weight)) {
-            return std::nullopt;
+        if (!is_plain_strided(*weight)) {
+            return not_covered("weight is sparse, or wrapped by a transform");
+        }
+        if (weight->device() != logits.device()) return not_covered("weight on another device");
+        if (weight->requires_grad()) return not_covered("a weight that requires a gradient");
+        if (weight->dim() != 1 || weight->sym_size(0) != class_count(logits)) {
+            return not_covered("weight is not one value for each class");
         }
     }
     check_shapes(logits, target);
     bool const probabilities = !is_class_index(target);
-    if (probabilities && ignore_index >= 0) return std::nullopt;
+    if (probabilities && ignore_index >= 0) {
+        return not_covered("ignore_index with class probabilities");
+    }
     return loss_type(logits, target, weight, probabilities);
 }
 
@@ -372,6 +393,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
         for (double sum : sums) total.add(sum);
         write_scalar(loss, 0, total.total() * args.gradient_scale);
     }
+    calls_of(gamma, with_lse).fused(logits.device());
     return {loss, with_grad ? grad : nothing(logits, logits.scalar_type()), stats, lse};
 }
 
@@ -448,6 +470,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
                            static_cast<BlockTotals*>(totals.mutable_data_ptr()),
                            kernel.args.target_kind == TargetKind::probability ? nullptr : &fault};
     check_launch(forward(args, limits, current_stream(logits.device())), "cross_entropy");
+    calls_of(gamma, with_lse).fused(logits.device());
     return {loss, with_grad ? grad : nothing(logits, logits.scalar_type()), stats, lse};
 }
 
@@ -553,18 +576,25 @@ LossAndLse composed(const Tensor& logits, const Tensor& target, const OptionalTe
 
 // ---- Autograd ----
 
-struct CrossEntropyBackward0 final : torch::autograd::Node {
+struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     SavedVariable logits;
     SavedVariable target;
     SavedVariable weight;
     bool has_weight = false;
     Options options{};
     at::ScalarType loss_dtype = at::kFloat;
-    bool symbolic = false;
+    std::uint64_t forward_capture = 0;
     Tensor grad;   // for a grad_output of 1; undefined where it is recomputed
     Tensor stats;  // what a recompute needs; undefined where none can happen
 
     std::string name() const override { return "CrossEntropyBackward0"; }
+
+    template <class F>
+    void visit(const F& f) {
+        f(logits), f(target), f(weight), f(has_weight), f(options.reduction);
+        f(options.ignore_index), f(options.label_smoothing), f(options.z_loss), f(options.gamma);
+        f(loss_dtype), f(grad), f(stats);
+    }
 
     void release_variables() override {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -580,14 +610,20 @@ struct CrossEntropyBackward0 final : torch::autograd::Node {
     variable_list apply(variable_list&& grad_outputs) override {
         std::lock_guard<std::mutex> lock(mutex_);
         TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+        Wanted const wanted = wanted_gradients();
+        bool arrived = false;
+        for (const Tensor& grad_output : grad_outputs) arrived |= grad_output.defined();
+        if (!arrived || !wanted[0]) return {Tensor()};
+        if (c10::GradMode::is_enabled()) return {differentiable(grad_outputs)};
+        return gradients(grad_outputs, wanted);
+    }
+
+    variable_list gradients(const variable_list& grad_outputs, Wanted) {
         const Tensor& grad_output = grad_outputs[0];
-        Tensor const grad_lse = grad_outputs.size() > 1 ? grad_outputs[1] : Tensor();
-        bool const none = !grad_output.defined() && !grad_lse.defined();
-        if (none || !task_should_compute_output(0)) return {Tensor()};
-        if (c10::GradMode::is_enabled()) return {differentiable(grad_output, grad_lse)};
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
         Tensor result;
-        if (grad_lse.defined()) result = through_lse(grad_lse);
+        if (grad_outputs.size() > 1 && grad_outputs[1].defined()) {
+            result = through_lse(grad_outputs[1]);
+        }
         if (!grad_output.defined()) return {result};
         Tensor const of_loss = grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
                                               : recomputed(grad_output);
@@ -595,7 +631,12 @@ struct CrossEntropyBackward0 final : torch::autograd::Node {
     }
 
     Tensor recomputed(const Tensor& grad_output) {
-        return backward_op().call(grad_output, logits.unpack(), target.unpack(), unpacked_weight(),
+        // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
+        Tensor const saved_logits = logits.unpack();
+        Tensor const saved_target = target.unpack();
+        OptionalTensor const saved_weight = unpacked_weight();
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return backward_op().call(grad_output, saved_logits, saved_target, saved_weight,
                                   options.ignore_index, options.label_smoothing, stats);
     }
 
@@ -629,18 +670,20 @@ private:
     }
 
     // The same gradient as a differentiable function of logits and what arrived.
-    Tensor differentiable(const Tensor& grad_output, const Tensor& grad_lse) {
+    Tensor differentiable(const variable_list& grad_outputs) {
         Tensor const x = logits.unpack();
+        calls_of(options.gamma, grad_outputs.size() > 1)
+            .fell_back(x.device(), kDifferentiableBackward);
         auto const [loss, lse] =
             composed(x.to(loss_dtype), target.unpack(), unpacked_weight(), options);
         variable_list outputs, grads;
-        if (grad_output.defined()) {
+        if (grad_outputs[0].defined()) {
             outputs.push_back(loss.to(loss_dtype));
-            grads.push_back(grad_output);
+            grads.push_back(grad_outputs[0]);
         }
-        if (grad_lse.defined()) {
+        if (grad_outputs.size() > 1 && grad_outputs[1].defined()) {
             outputs.push_back(lse);
-            grads.push_back(grad_lse);
+            grads.push_back(grad_outputs[1]);
         }
         return torch::autograd::grad(outputs, {x}, grads, /*retain_graph=*/true,
                                      /*create_graph=*/true)[0];
@@ -672,6 +715,7 @@ LossAndLse fused(const Tensor& logits, const Tensor& target, const OptionalTenso
         node->options = options;
         node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
+        if (grad_in_forward && !symbolic) node->forward_capture = capture_around(logits);
         if (grad_in_forward) node->grad = std::move(grad);
         if (with_stats) node->stats = std::move(stats);
         torch::autograd::set_history(loss, node);
@@ -682,18 +726,22 @@ LossAndLse fused(const Tensor& logits, const Tensor& target, const OptionalTenso
 
 // ---- The functions, where the kernels cover the arguments ----
 
-std::optional<LossAndLse> covered(const Tensor& logits, const Tensor& target,
-                                  const OptionalTensor& weight, const Options& options,
-                                  bool with_lse = false) {
+Covered<LossAndLse> fused_where_covered(const Tensor& logits, const Tensor& target,
+                                        const OptionalTensor& weight, const Options& options,
+                                        bool with_lse = false) {
     auto const loss_dtype = covered_loss_type(logits, target, weight, options.reduction,
                                               options.ignore_index, options.label_smoothing);
-    if (!loss_dtype) return std::nullopt;
+    if (!loss_dtype) return loss_dtype.why_not();
     return fused(logits, target, weight, options, *loss_dtype, with_lse);
 }
 
-// Where they do not: the loss as torch would type it.
-LossAndLse uncovered(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                     const Options& options) {
+// Where they are not covered, computed by torch's operators: the loss as torch would type it.
+LossAndLse fused_or_composed(const Tensor& logits, const Tensor& target,
+                             const OptionalTensor& weight, const Options& options,
+                             bool with_lse = false) {
+    auto const result = fused_where_covered(logits, target, weight, options, with_lse);
+    if (result) return *result;
+    calls_of(options.gamma, with_lse).fell_back(logits.device(), result.why_not());
     auto [loss, lse] = composed(logits, target, weight, options);
     if (is_narrow(logits.scalar_type()) && !in_autocast(logits) &&
         (is_class_index(target) || target.scalar_type() == logits.scalar_type())) {
@@ -725,8 +773,9 @@ Options focal_options(const Tensor& target, std::int64_t reduction, std::int64_t
 
 Tensor cross_entropy_op(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                         std::int64_t reduction, std::int64_t ignore_index, double label_smoothing) {
-    auto loss = cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
-    return loss ? *loss
+    OptionalTensor loss =
+        cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing);
+    return loss ? std::move(*loss)
                 : at::cross_entropy_loss(logits, target, weight, reduction, ignore_index,
                                          label_smoothing);
 }
@@ -736,19 +785,18 @@ std::tuple<Tensor, Tensor> cross_entropy_with_lse_op(const Tensor& logits, const
                                                      std::int64_t reduction,
                                                      std::int64_t ignore_index,
                                                      double label_smoothing, double z_loss) {
-    Options const options = with_lse_options(reduction, ignore_index, label_smoothing, z_loss);
-    auto result = covered(logits, target, weight, options, /*with_lse=*/true);
-    if (!result) result = uncovered(logits, target, weight, options);
-    return {result->loss, result->lse};
+    auto [loss, lse] = fused_or_composed(
+        logits, target, weight, with_lse_options(reduction, ignore_index, label_smoothing, z_loss),
+        /*with_lse=*/true);
+    return {std::move(loss), std::move(lse)};
 }
 
 Tensor focal_loss_op(const Tensor& logits, const Tensor& target, double gamma,
                      const OptionalTensor& weight, std::int64_t reduction,
                      std::int64_t ignore_index) {
-    Options const options = focal_options(target, reduction, ignore_index, gamma);
-    auto result = covered(logits, target, weight, options);
-    if (!result) result = uncovered(logits, target, weight, options);
-    return result->loss;
+    return fused_or_composed(logits, target, weight,
+                             focal_options(target, reduction, ignore_index, gamma))
+        .loss;
 }
 
 }  // namespace
@@ -756,24 +804,29 @@ Tensor focal_loss_op(const Tensor& logits, const Tensor& target, double gamma,
 OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target,
                              const OptionalTensor& weight, std::int64_t reduction,
                              std::int64_t ignore_index, double label_smoothing) {
-    auto const result = covered(logits, target, weight, {reduction, ignore_index, label_smoothing});
-    return result ? OptionalTensor(result->loss) : std::nullopt;
+    auto const result =
+        fused_where_covered(logits, target, weight, {reduction, ignore_index, label_smoothing});
+    if (result) return result->loss;
+    cross_entropy_calls.fell_back(logits.device(), result.why_not());
+    return std::nullopt;
 }
+
+// Python calls the operators where these return nothing, and they count it.
 
 std::optional<std::tuple<Tensor, Tensor>> cross_entropy_with_lse(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
     std::int64_t reduction, std::int64_t ignore_index, double label_smoothing, double z_loss) {
-    auto const result =
-        covered(logits, target, weight,
-                with_lse_options(reduction, ignore_index, label_smoothing, z_loss), true);
+    auto const result = fused_where_covered(
+        logits, target, weight, with_lse_options(reduction, ignore_index, label_smoothing, z_loss),
+        /*with_lse=*/true);
     if (!result) return std::nullopt;
     return std::tuple(result->loss, result->lse);
 }
 
 OptionalTensor focal_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                           std::int64_t reduction, std::int64_t ignore_index, double gamma) {
-    auto const result =
-        covered(logits, target, weight, focal_options(target, reduction, ignore_index, gamma));
+    auto const result = fused_where_covered(logits, target, weight,
+                                            focal_options(target, reduction, ignore_index, gamma));
     return result ? OptionalTensor(result->loss) : std::nullopt;
 }
 

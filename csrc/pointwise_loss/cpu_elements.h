@@ -23,12 +23,15 @@ struct VectorMath {
     static FUSEDSTEP_VEC V exp(V x) {
         return ::fusedstep::FUSEDSTEP_LEVEL::exp(x);
     }
-    // The rounding of 1 + x is taken back: Kahan's log1p (in Goldberg, 1991).
+    // What 1 + x was rounded by is added to first order: log(u + r) = log u + r / u + O(r^2).
     template <class V>
     static FUSEDSTEP_VEC V log1p(V x) {
         V const u = x + 1;
-        V const y = log(u) * (x / (u - 1));
-        return u == 1 ? x : y;
+        return log(u) + (x - (u - 1)) / u;
+    }
+    template <class V>
+    static FUSEDSTEP_VEC V fmadd(V a, V b, V c) {
+        return ::fusedstep::FUSEDSTEP_LEVEL::fmadd(a, b, c);
     }
 };
 
@@ -75,6 +78,24 @@ void for_each_run(const Args& args, std::int64_t begin, std::int64_t end, F f) {
 
 // ---- The adjacent walk ----
 
+// A factor 1/n as the sum of two numbers, so that a product with it is rounded once, as a division
+// by n is at several times the price. Both are above 0: with infinities their products agree.
+template <class A>
+struct Reciprocal {
+    A high;
+    A low;
+
+    explicit Reciprocal(double factor) : high(static_cast<A>(factor)) {
+        double const n = std::nearbyint(1.0 / factor);
+        if (std::fma(static_cast<double>(high), n, -1.0) > 0) high = std::nextafter(high, A{});
+        low = static_cast<A>(-std::fma(static_cast<double>(high), n, -1.0) / n);
+        if (!(low > 0)) low = std::numeric_limits<A>::min();
+    }
+    FUSEDSTEP_VEC Vec<A> times(Vec<A> v) const {
+        return fmadd(v, broadcast(high), v * broadcast(low));
+    }
+};
+
 // Sums are taken in blocks of vectors, then in double, so that rounding does not grow with n.
 template <Kind kind, bool kGrad, class T>
 double adjacent_run(const T* input, const T* target, T* grad, std::int64_t n, double parameter_,
@@ -84,6 +105,14 @@ double adjacent_run(const T* input, const T* target, T* grad, std::int64_t n, do
     constexpr std::int64_t kBlock = 16 * 4 * L;
     Vec<A> const parameter = broadcast(static_cast<A>(parameter_));
     Vec<A> const scale = broadcast(static_cast<A>(scale_));
+    Reciprocal<A> const reciprocal(scale_);
+    // A sigmoid less a target is rounded three times already; the others are exact or once.
+    auto const scaled = [&](Vec<A> derivative) __attribute__((always_inline)) {
+        if constexpr (is_symmetric(kind))
+            return derivative * scale;
+        else
+            return reciprocal.times(derivative);
+    };
     DoubleSum<A> total;
     std::int64_t i = 0;
     while (i + 4 * L <= n) {
@@ -96,7 +125,7 @@ double adjacent_run(const T* input, const T* target, T* grad, std::int64_t n, do
                 auto const [loss, derivative] =
                     evaluate<kind, VectorMath>(load(input + at), load(target + at), parameter);
                 sum[k] += loss;
-                if constexpr (kGrad) store(grad + at, derivative * scale);
+                if constexpr (kGrad) store(grad + at, scaled(derivative));
             }
         }
         total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -107,7 +136,7 @@ double adjacent_run(const T* input, const T* target, T* grad, std::int64_t n, do
             evaluate<kind, VectorMath>(load_partial_or_whole(input + i, width),
                                        load_partial_or_whole(target + i, width), parameter);
         total.add(first_lanes<A>(width) ? loss : Vec<A>{});
-        if constexpr (kGrad) store_partial_or_whole(grad + i, derivative * scale, width);
+        if constexpr (kGrad) store_partial_or_whole(grad + i, scaled(derivative), width);
     }
     return total.total();
 }

@@ -21,6 +21,12 @@ struct ScalarMath {
     static __device__ __forceinline__ double exp(double x) { return exponential<double>(x); }
     static __device__ __forceinline__ float log1p(float x) { return log1pf(x); }
     static __device__ __forceinline__ double log1p(double x) { return ::log1p(x); }
+    static __device__ __forceinline__ float fmadd(float a, float b, float c) {
+        return fmaf(a, b, c);
+    }
+    static __device__ __forceinline__ double fmadd(double a, double b, double c) {
+        return ::fma(a, b, c);
+    }
 };
 
 // Where an element of each operand lies.

@@ -73,7 +73,8 @@ FUSEDSTEP_HD V sign(V d) {
     return d > V{} ? one : (d < V{} ? -one : V{});
 }
 
-// Math::exp(x) for x <= 0 and Math::log1p(x) for 0 <= x <= 1. `parameter` is smooth_l1's beta,
+// Math::exp(x) for x <= 0, Math::log1p(x) for 0 <= x <= 1, Math::fmadd(a, b, c) = a b + c, rounded
+// once where the processor can. `parameter` is smooth_l1's beta,
 // huber's delta, or weighted_bce's pos_weight of this point.
 template <Kind kind, class Math, class V>
 FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
@@ -85,7 +86,7 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
         V const softplus = Math::log1p(e) + (x < zero ? -x : zero);
         V const sigmoid = (x < zero ? e : one) / (one + e);
         if constexpr (kind == Kind::bce_with_logits) {
-            return {(one - t) * x + softplus, sigmoid - t};
+            return {Math::fmadd(one - t, x, softplus), sigmoid - t};
         }
         V const weighted = parameter * t;
         return {(one - t) * x + (one + (parameter - one) * t) * softplus,

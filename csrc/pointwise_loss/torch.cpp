@@ -35,10 +35,12 @@
 #include "core/compensated_sum.h"
 #include "pointwise_loss/binding.h"
 #include "pointwise_loss/pointwise_loss.h"
+#include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/gradient_memory.h"
 #include "torch_glue/loss.h"
 #include "torch_glue/node.h"
+#include "torch_glue/traceable_node.h"
 #include "torch_glue/plain.h"
 #if defined(FUSEDSTEP_CUDA)
 #include "pointwise_loss/cuda_entry.h"
@@ -53,6 +55,13 @@ using torch::autograd::variable_list;
 
 // ---- What is covered ----
 
+// In the order of Kind, as far as users choose one.
+std::array<CallCounter, 5> counters{{CallCounter("l1_loss"), CallCounter("mse_loss"),
+                                     CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
+                                     CallCounter("binary_cross_entropy_with_logits")}};
+
+CallCounter& calls(std::int64_t kind) { return counters.at(static_cast<std::size_t>(kind)); }
+
 // The tensors and numbers of one call.
 struct Call {
     Tensor input;
@@ -66,43 +75,70 @@ struct Call {
     bool is_reduced() const { return reduction != Reduction::none; }
 };
 
-bool covers_tensor(const Tensor& tensor, const Tensor& input) {
-    return tensor.device() == input.device() && is_plain_strided(tensor) &&
-           !torch::autograd::isFwGradDefined(tensor);
-}
-
-// A weight or pos_weight, constant and to be expanded to the shape of the input.
-bool covers_factor(const OptionalTensor& factor, const Tensor& input) {
-    return !is_given(factor) ||
-           (covers_tensor(*factor, input) && !factor->requires_grad() &&
-            factor->scalar_type() == input.scalar_type() && !factor->is_meta() &&
-            !is_symbolic(*factor) && at::is_expandable_to(factor->sizes(), input.sizes()));
-}
-
-// The dtype of the loss, or nothing where the kernels do not cover the call. Decides from metadata
-// alone.
-std::optional<at::ScalarType> covered_loss_type(const Call& call) {
-    const auto& [input, target, weight, pos_weight, kind, reduction, parameter] = call;
-    if (!has_kernels(input) || in_functorch() || !covers_tensor(input, input) ||
-        !covers_tensor(target, input) || input.dim() > kMaxDims ||
-        input.sym_sizes() != target.sym_sizes()) {
-        return std::nullopt;
+// Of a weight or pos_weight, constant and to be expanded to the shape of the input.
+Covered<> covered_factor(const OptionalTensor& factor, const Tensor& input) {
+    if (!is_given(factor)) return covered;
+    if (!is_plain_strided(*factor)) {
+        return not_covered("a weight that is sparse, or wrapped by a transform");
     }
-    if (static_cast<int>(reduction) < 0 || static_cast<int>(reduction) > 2) return std::nullopt;
+    if (factor->device() != input.device()) return not_covered("a weight on another device");
+    if (torch::autograd::isFwGradDefined(factor)) {
+        return not_covered("forward-mode differentiation");
+    }
+    if (factor->requires_grad()) return not_covered("a weight that requires a gradient");
+    if (factor->scalar_type() != input.scalar_type()) {
+        return not_covered("a weight of another dtype than input");
+    }
+    if (factor->is_meta() || is_symbolic(*factor)) {
+        return not_covered("a weight in a traced program");
+    }
+    if (!at::is_expandable_to(factor->sizes(), input.sizes())) {
+        return not_covered("a weight that does not expand to the shape of input");
+    }
+    return covered;
+}
+
+// The dtype of the loss. Decides from metadata alone.
+Covered<at::ScalarType> covered_loss_type(const Call& call) {
+    const auto& [input, target, weight, pos_weight, kind, reduction, parameter] = call;
+    if (!has_kernels(input)) return not_covered("a device without kernels");
+    if (in_functorch()) return not_covered("a torch.func transform");
+    if (!is_plain_strided(input)) return not_covered("input is sparse, or wrapped by a transform");
+    if (!is_plain_strided(target)) {
+        return not_covered("target is sparse, or wrapped by a transform");
+    }
+    if (target.device() != input.device()) return not_covered("target on another device");
+    if (torch::autograd::isFwGradDefined(input) || torch::autograd::isFwGradDefined(target)) {
+        return not_covered("forward-mode differentiation");
+    }
+    if (input.dim() > kMaxDims) {
+        return not_covered("a number of dimensions that the kernels do not walk");
+    }
+    if (input.sym_sizes() != target.sym_sizes()) return not_covered("shapes that broadcast");
+    if (static_cast<int>(reduction) < 0 || static_cast<int>(reduction) > 2) {
+        return not_covered("an unknown reduction");
+    }
     bool const has_parameter = kind == Kind::smooth_l1 || kind == Kind::huber;
-    if (has_parameter && !(parameter > 0)) return std::nullopt;
-    bool const has_factors = is_given(weight) || is_given(pos_weight);
-    if (has_factors && kind != Kind::bce_with_logits) return std::nullopt;
-    if (!covers_factor(weight, input) || !covers_factor(pos_weight, input)) return std::nullopt;
-    if (target.requires_grad() &&
-        (!is_symmetric(kind) || target.scalar_type() != input.scalar_type())) {
-        return std::nullopt;
+    if (has_parameter && !(parameter > 0)) return not_covered("beta or delta is not positive");
+    if ((is_given(weight) || is_given(pos_weight)) && kind != Kind::bce_with_logits) {
+        return not_covered("a weight for each element");
+    }
+    for (const OptionalTensor* factor : {&weight, &pos_weight}) {
+        if (auto const answer = covered_factor(*factor, input); !answer) return answer.why_not();
+    }
+    if (target.requires_grad()) {
+        if (!is_symmetric(kind)) return not_covered("a target that requires a gradient");
+        if (target.scalar_type() != input.scalar_type()) {
+            return not_covered("a target of another dtype that requires a gradient");
+        }
     }
     at::ScalarType const type = input.scalar_type();
-    if (!kernel_dtype(type)) return std::nullopt;
+    if (!kernel_dtype(type)) return not_covered("a dtype that the kernels do not compute");
     bool const widened = is_narrow(type) && in_autocast(input);
     bool const mixed = widened && target.scalar_type() == at::kFloat;
-    if (target.scalar_type() != type && !mixed) return std::nullopt;
+    if (target.scalar_type() != type && !mixed) {
+        return not_covered("a target of another dtype than input");
+    }
     return widened ? at::kFloat : type;
 }
 
@@ -249,6 +285,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target
         for (double sum : sums) total.add(sum);
         write_scalar(out.loss, 0, total.total() * args.gradient_scale);
     }
+    calls(kind).fused(input.device());
     return out.tuple(call);
 }
 
@@ -293,6 +330,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& input, const Tensor& targe
     ForwardArgs const args{kernel.args, call.is_reduced() ? out.loss.mutable_data_ptr() : nullptr,
                            static_cast<double*>(totals.mutable_data_ptr())};
     check_launch(forward(args, limits, current_stream(input.device())), "pointwise_loss");
+    calls(kind).fused(input.device());
     return out.tuple(call);
 }
 
@@ -367,7 +405,7 @@ struct SavedOptional {
     OptionalTensor unpack() const { return given ? OptionalTensor(saved.unpack()) : std::nullopt; }
 };
 
-struct PointwiseLossBackward0 final : torch::autograd::Node {
+struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
     SavedVariable input;
     SavedVariable target;
     SavedOptional weight;
@@ -376,10 +414,16 @@ struct PointwiseLossBackward0 final : torch::autograd::Node {
     std::int64_t reduction = 0;
     double parameter = 0;
     at::ScalarType loss_dtype = at::kFloat;
-    bool symbolic = false;
+    std::uint64_t forward_capture = 0;
     Tensor grad;  // for a grad_output of 1; undefined where it is recomputed
 
     std::string name() const override { return "PointwiseLossBackward0"; }
+
+    template <class F>
+    void visit(const F& f) {
+        f(input), f(target), f(weight.saved), f(weight.given), f(pos_weight.saved);
+        f(pos_weight.given), f(kind), f(reduction), f(parameter), f(loss_dtype), f(grad);
+    }
 
     void release_variables() override {
         std::lock_guard<std::mutex> lock(mutex_);
@@ -395,11 +439,15 @@ struct PointwiseLossBackward0 final : torch::autograd::Node {
         std::lock_guard<std::mutex> lock(mutex_);
         TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
         const Tensor& grad_output = grad_outputs[0];
-        bool const of_input = task_should_compute_output(0);
-        bool const of_target = task_should_compute_output(1);
-        if (!grad_output.defined() || !(of_input || of_target)) return {Tensor(), Tensor()};
-        if (c10::GradMode::is_enabled()) return differentiable(grad_output, of_input, of_target);
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        Wanted const wanted = wanted_gradients();
+        if (!grad_output.defined() || !(wanted[0] || wanted[1])) return {Tensor(), Tensor()};
+        if (c10::GradMode::is_enabled()) return differentiable(grad_output, wanted[0], wanted[1]);
+        return gradients(grad_outputs, wanted);
+    }
+
+    variable_list gradients(const variable_list& grad_outputs, Wanted wanted) {
+        const Tensor& grad_output = grad_outputs[0];
+        auto const [of_input, of_target] = wanted;
         Tensor result = grad.defined() ? scaled_gradient(*this, grad, grad_output, symbolic)
                                        : recomputed(grad_output);
         if (!of_target) return {std::move(result), Tensor()};
@@ -409,8 +457,11 @@ struct PointwiseLossBackward0 final : torch::autograd::Node {
     }
 
     Tensor recomputed(const Tensor& grad_output) {
-        return backward_op().call(grad_output, input.unpack(), target.unpack(), weight.unpack(),
-                                  pos_weight.unpack(), kind, reduction, parameter);
+        // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
+        Call const saved = saved_call();
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return backward_op().call(grad_output, saved.input, saved.target, saved.weight,
+                                  saved.pos_weight, kind, reduction, parameter);
     }
 
 #if defined(FUSEDSTEP_CUDA)
@@ -430,6 +481,7 @@ private:
     // The same gradients as differentiable functions of the operands and grad_output: torch's ops.
     variable_list differentiable(const Tensor& grad_output, bool of_input, bool of_target) {
         Call const saved = saved_call();
+        calls(kind).fell_back(saved.input.device(), kDifferentiableBackward);
         Call call = saved;
         call.input = saved.input.to(loss_dtype);
         call.target = saved.target.to(loss_dtype);
@@ -472,10 +524,21 @@ Tensor fused(const Call& call, at::ScalarType loss_dtype) {
         node->parameter = call.parameter;
         node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
+        if (grad_now && !symbolic) node->forward_capture = capture_around(call.input);
         if (grad_now) node->grad = std::move(grad);
         torch::autograd::set_history(loss, node);
     }
     return loss;
+}
+
+OptionalTensor covered_loss(const Call& call) {
+    auto const loss_dtype = covered_loss_type(call);
+    if (!loss_dtype) {
+        calls(static_cast<std::int64_t>(call.kind))
+            .fell_back(call.input.device(), loss_dtype.why_not());
+        return std::nullopt;
+    }
+    return fused(call, *loss_dtype);
 }
 
 Tensor pointwise_loss_op(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -484,8 +547,8 @@ Tensor pointwise_loss_op(const Tensor& input, const Tensor& target, const Option
     TORCH_CHECK(kind >= 0 && kind <= static_cast<int>(Kind::bce_with_logits),
                 "pointwise_loss: there is no kind ", kind);
     Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
-    auto const loss_dtype = covered_loss_type(call);
-    return loss_dtype ? fused(call, *loss_dtype) : torch_loss(call);
+    OptionalTensor loss = covered_loss(call);
+    return loss ? std::move(*loss) : torch_loss(call);
 }
 
 }  // namespace
@@ -493,10 +556,7 @@ Tensor pointwise_loss_op(const Tensor& input, const Tensor& target, const Option
 OptionalTensor pointwise_loss(const Tensor& input, const Tensor& target,
                               const OptionalTensor& weight, const OptionalTensor& pos_weight,
                               std::int64_t kind, std::int64_t reduction, double parameter) {
-    Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
-    auto const loss_dtype = covered_loss_type(call);
-    if (!loss_dtype) return std::nullopt;
-    return fused(call, *loss_dtype);
+    return covered_loss(make_call(input, target, weight, pos_weight, kind, reduction, parameter));
 }
 
 const std::type_info& backward_node_type() { return typeid(PointwiseLossBackward0); }

@@ -3,12 +3,24 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <optional>
+
 namespace fusedstep::sgd {
+
+// How 16-bit parameters are rounded; without either, to nearest.
+struct Rounding {
+    bool master_weights = false;        // in the state: master_param and momentum_buffer in float32
+    std::optional<std::uint64_t> seed;  // of stochastic rounding; in the state: step, a count
+};
 
 // One step of torch.optim.SGD over an optimizer's param_groups and state, as Python holds them.
 // Where found_inf is neither None nor 0 it does nothing. Gradients are divided by grad_scale first,
 // in place, unless it is None. Returns [(group, [parameter, ...]), ...]: the parameters with a
 // gradient that the kernels do not cover, untouched.
+//
+// Of a DTensor the local tensor is updated, if gradient and momentum buffer lie on its mesh with
+// its placements and none of these is a sum (Partial). A new momentum buffer has them too.
 //
 // On CUDA a step is one launch for each device, and nothing waits for one: a learning rate, a
 // grad_scale and a found_inf that lie there are read there. Two cases read found_inf here, and so
@@ -18,7 +30,15 @@ namespace fusedstep::sgd {
 // finite, RuntimeError for a gradient or a momentum buffer that does not fit its parameter. An
 // update is as if parameters followed one another only where their memory is distinct.
 pybind11::list step(const pybind11::list& param_groups, const pybind11::dict& state,
-                    const pybind11::object& grad_scale, const pybind11::object& found_inf);
+                    const pybind11::object& grad_scale, const pybind11::object& found_inf,
+                    const Rounding& rounding);
+
+// The same for one parameter of a group, which has a gradient: once that is used it is None.
+// Returns false, and leaves all as it was, where the kernels do not cover it. The parameter's place
+// is that among those of all groups. RuntimeError where a DistributedDataParallel reduces its
+// gradient.
+bool step_in_backward(const pybind11::dict& group, const pybind11::object& param,
+                      std::uint64_t place, const pybind11::dict& state, const Rounding& rounding);
 
 // Sets the grad of every parameter to None.
 void zero_grad(const pybind11::list& param_groups);

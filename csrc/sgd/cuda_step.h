@@ -30,10 +30,16 @@ struct UpdateHeader {
     const float* device_found_inf;
 };
 
+// What is listed where not all entries are ordinary.
+struct PreciseEntry : Entry {
+    EntryPrecision precision;
+};
+
 // The table: the groups, then the entries.
 constexpr std::size_t table_bytes(const Step& step) {
+    std::size_t const entry = step.precisions ? sizeof(PreciseEntry) : sizeof(Entry);
     return static_cast<std::size_t>(step.group_count) * sizeof(Hyperparameters) +
-           static_cast<std::size_t>(step.entry_count) * sizeof(Entry);
+           static_cast<std::size_t>(step.entry_count) * entry;
 }
 
 constexpr bool table_fits(const Step& step, std::size_t parameter_bytes = kMostParameterBytes) {

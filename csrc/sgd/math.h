@@ -87,4 +87,46 @@ FUSEDSTEP_HD V update(V param, V grad, V& buffer, const Coefficients<V>& c, MulA
     return mul_add(step, c.negative_lr, param);
 }
 
+// ---- Stochastic rounding ----
+//
+// It is counter-based (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): a key
+// and the place of an element decide, whoever computes it. U is std::uint32_t or a vector of them.
+
+// The finalizer of MurmurHash3 (Appleby, 2011), in which every bit of x moves every bit.
+template <class U>
+FUSEDSTEP_HD U mix(U x) {
+    x = (x ^ (x >> 16)) * 0x85ebca6bu;
+    x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+    return x ^ (x >> 16);
+}
+
+// The key for a step of a parameter: one number of the sequence SplitMix64 (Steele, Lea and Flood,
+// 2014) that the seed and the parameter start, the parameter being a number of the seed's.
+FUSEDSTEP_HD std::uint64_t split_mix(std::uint64_t start, std::uint64_t count) {
+    std::uint64_t z = start + (count + 1) * 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+FUSEDSTEP_HD std::uint64_t rounding_key(std::uint64_t seed, std::uint64_t param,
+                                        std::uint64_t step) {
+    return split_mix(split_mix(seed, param), step);
+}
+
+// The random number of the element at offset 2^32 high + low of a parameter.
+template <class U>
+FUSEDSTEP_HD U random_bits(std::uint64_t key, std::uint32_t high, U low) {
+    U const first = mix(low + static_cast<std::uint32_t>(key));
+    return mix(first ^ (static_cast<std::uint32_t>(key >> 32) + high * 0x9e3779b9u));
+}
+
+// One of the two bfloat16 neighbours of x, as a V: the one further from zero with the probability
+// of the way that x has gone to it, in units of 2^-16, which is exact. V is a float or a vector.
+template <class V, class U>
+FUSEDSTEP_HD V round_stochastically(V x, U random) {
+    U const bits = bit_cast<U>(x);
+    U const rounded = (bits + (random >> 16)) & 0xffff0000u;
+    return bit_cast<V>((bits & 0x7fffffffu) > 0x7f800000u ? bits : rounded);
+}
+
 }  // namespace fusedstep::sgd

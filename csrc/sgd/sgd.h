@@ -24,9 +24,9 @@ struct Hyperparameters {
     bool maximize;
 };
 
-// One parameter. Its gradient and its momentum buffer have its dtype and its layout in memory, so
-// that element i of one belongs to element i of the others. No two entries overlap: chunks are
-// updated in any order, or at the same time.
+// One parameter. Its gradient and its momentum buffer have its dtype (see EntryPrecision for the
+// exception) and its layout in memory, so that element i of one belongs to element i of the others.
+// No two entries overlap: chunks are updated in any order, or at the same time.
 struct Entry {
     Extent extent;
     void* param;
@@ -37,11 +37,27 @@ struct Entry {
     bool first_step;  // the momentum buffer holds nothing yet
 };
 
+enum class Precision : std::uint8_t {
+    ordinary,             // rounded to nearest, and no more is known of it
+    master_weights,       // of a 16-bit parameter: float32 weights keep what rounding drops
+    stochastic_rounding,  // of a bfloat16 parameter: rounded up or down by chance
+};
+
+// What becomes of a parameter's rounding errors.
+struct EntryPrecision {
+    // With master weights, laid out as the parameter is; the momentum buffer is float32 then too.
+    // An element that is not the rounded master weight has been changed since: it is the weight.
+    float* master_param;
+    std::uint64_t key;  // of stochastic rounding; see random_bits()
+    Precision precision;
+};
+
 struct Step {
     const Hyperparameters* groups;
     std::int64_t group_count;
     const Entry* entries;
     std::int64_t entry_count;
+    const EntryPrecision* precisions;  // one per entry; null where all are ordinary
     // What every gradient was multiplied by. Where it is not 1, gradients are divided by it in
     // place, rounded to their dtype, before they are used.
     double grad_scale;

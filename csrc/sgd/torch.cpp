@@ -8,7 +8,10 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/util/SmallVector.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/autograd/utils/lambda_post_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +23,9 @@
 #include <vector>
 
 #include "sgd/binding.h"
+#include "sgd/math.h"
 #include "sgd/sgd.h"
+#include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/plain.h"
 
@@ -36,6 +41,8 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
+[[maybe_unused]] constexpr const char* kOp = "SGD.step";
+
 // ---- Python objects ----
 
 struct Keys {
@@ -47,7 +54,13 @@ struct Keys {
     PyObject* nesterov = PyUnicode_InternFromString("nesterov");
     PyObject* maximize = PyUnicode_InternFromString("maximize");
     PyObject* momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
+    PyObject* master_param = PyUnicode_InternFromString("master_param");
+    PyObject* step = PyUnicode_InternFromString("step");
     PyObject* grad = PyUnicode_InternFromString("grad");
+    PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+    PyObject* device_mesh = PyUnicode_InternFromString("device_mesh");
+    PyObject* placements = PyUnicode_InternFromString("placements");
+    PyObject* is_partial = PyUnicode_InternFromString("is_partial");
 };
 
 const Keys& keys() {
@@ -109,7 +122,49 @@ bool has_grad(const py::object& param) {
     return !param.attr(keys().grad).is_none();
 }
 
+// ---- DTensor: the part of a tensor that lies on this rank ----
+
+// torch.distributed.tensor.DTensor; null before something imports it, when no tensor can be one.
+PyObject* dtensor_class() {
+    static PyObject* found = nullptr;
+    if (found == nullptr) {
+        PyObject* const modules = PyImport_GetModuleDict();
+        PyObject* const module = PyDict_GetItemString(modules, "torch.distributed.tensor");
+        if (module != nullptr) found = PyObject_GetAttrString(module, "DTensor");
+        PyErr_Clear();  // being imported
+    }
+    return found;
+}
+
+bool is_dtensor(PyObject* object) {
+    return reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_class();
+}
+
+// The tensor that a kernel reads and writes: a plain tensor itself, what a DTensor holds on this
+// rank; null for any other object. Borrowed from the object.
+const Tensor* local_tensor(PyObject* object) {
+    if (THPVariable_CheckExact(object)) return &THPVariable_Unpack(object);
+    if (!is_dtensor(object)) return nullptr;
+    return plain_tensor(py::object(py::handle(object).attr(keys().local_tensor)).ptr());
+}
+
+// Whether an update of a DTensor is the same update of every local tensor: none is a summand.
+bool holds_elements(py::handle dtensor) {
+    for (py::handle placement : dtensor.attr(keys().placements)) {
+        if (placement.attr(keys().is_partial)().cast<bool>()) return false;
+    }
+    return true;
+}
+
+// Of a DTensor and another object: whether local tensors on one rank hold the same elements.
+bool same_placements(py::handle dtensor, py::handle other) {
+    auto const same = [&](PyObject* key) { return dtensor.attr(key).equal(other.attr(key)); };
+    return is_dtensor(other.ptr()) && same(keys().device_mesh) && same(keys().placements);
+}
+
 // ---- What is covered ----
+
+CallCounter calls("SGD");  // updates of one parameter
 
 // In this machine's memory or in CUDA's, where its strides say, and no dispatch key but an ordinary
 // tensor's has a say in what is done with it.
@@ -137,6 +192,17 @@ bool runs_on_cuda(c10::Device device) {
 #endif
 }
 
+bool is_capturing([[maybe_unused]] c10::Device device) {
+#if defined(FUSEDSTEP_CUDA)
+    if (!runs_on_cuda(device)) return false;
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check_launch(cudaStreamIsCapturing(current_stream(device), &capture), kOp);
+    return capture != cudaStreamCaptureStatusNone;
+#else
+    return false;
+#endif
+}
+
 // The one number of this tensor can stay where it is: a CUDA kernel reads it.
 bool is_device_number(const Tensor& tensor) {
     return runs_on_cuda(tensor.device()) && is_ordinary(tensor) && tensor.numel() == 1 &&
@@ -149,8 +215,8 @@ struct Options {
     Tensor device_lr;
 };
 
-// Nothing where a number requires a gradient. Numbers that are read here must be finite.
-std::optional<Options> read_options(PyObject* group) {
+// Numbers that are read here must be finite.
+Covered<Options> read_options(PyObject* group) {
     bool differentiable = false;
     auto const read = [&](PyObject* key, const char* name) {
         PyObject* const value = get(group, key);
@@ -178,7 +244,7 @@ std::optional<Options> read_options(PyObject* group) {
     h.momentum = read(keys().momentum, "momentum value");
     h.dampening = read(keys().dampening, "dampening value");
     h.weight_decay = read(keys().weight_decay, "weight_decay value");
-    if (differentiable) return std::nullopt;
+    if (differentiable) return not_covered("a hyperparameter that requires a gradient");
     h.nesterov = get_flag(group, keys().nesterov);
     h.maximize = get_flag(group, keys().maximize);
     return options;
@@ -211,6 +277,12 @@ void check_update(const Tensor& param, const Tensor& grad, const Hyperparameters
                 param.scalar_type());
 }
 
+void check_master(const Tensor& master, const Tensor& param) {
+    TORCH_CHECK(master.sizes() == param.sizes() && at::isFloatingType(master.scalar_type()),
+                "a master_param of shape ", master.sizes(), " and dtype ", master.scalar_type(),
+                " does not fit its parameter of shape ", param.sizes());
+}
+
 void check_buffer(const Tensor& buffer, const Tensor& param, const Tensor& grad) {
     TORCH_CHECK(buffer.sizes() == grad.sizes(), "a momentum_buffer of shape ", buffer.sizes(),
                 " does not fit its gradient of shape ", grad.sizes());
@@ -218,6 +290,31 @@ void check_buffer(const Tensor& buffer, const Tensor& param, const Tensor& grad)
                     c10::canCast(buffer.scalar_type(), param.scalar_type()),
                 "a momentum_buffer of dtype ", buffer.scalar_type(),
                 " does not fit its parameter of dtype ", param.scalar_type());
+}
+
+// ---- Rounding of 16-bit parameters ----
+
+bool is_16_bit(const Tensor& param) {
+    return param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf;
+}
+
+Precision precision_of(const Tensor& param, const Rounding& rounding) {
+    if (!is_16_bit(param)) return Precision::ordinary;
+    if (rounding.master_weights) return Precision::master_weights;
+    if (!rounding.seed) return Precision::ordinary;
+    if (param.scalar_type() != at::kBFloat16) {
+        throw py::value_error("stochastic_rounding is for bfloat16 parameters, not for float16");
+    }
+    return Precision::stochastic_rounding;
+}
+
+// A float32 tensor laid out as the parameter: `source` itself, or a copy of it.
+Tensor as_float32(const Tensor& source, const Tensor& param) {
+    if (source.scalar_type() == at::kFloat && is_writable(source) && same_layout(param, source)) {
+        return source;
+    }
+    at::NoGradGuard const no_grad;
+    return at::empty_like(param, param.options().dtype(at::kFloat)).copy_(source);
 }
 
 // ---- What GradScaler leaves ----
@@ -270,11 +367,19 @@ private:
 // What one step does, collected and checked before any of it is done.
 class StepPlan {
 public:
-    StepPlan(const py::dict& state, py::handle grad_scale, py::handle found_inf)
-        : state_(state), grad_scale_(grad_scale, 1), found_inf_(found_inf, 0) {}
+    StepPlan(const py::dict& state, py::handle grad_scale, py::handle found_inf,
+             const Rounding& rounding)
+        : state_(state),
+          grad_scale_(grad_scale, 1),
+          found_inf_(found_inf, 0),
+          rounding_(rounding) {}
 
     // Takes in the parameters of a group; returns those with a gradient that are not covered.
     py::list add_group(PyObject* group);
+
+    // Takes in one parameter of a group, which has a gradient; returns whether it is covered. Its
+    // place is that among the parameters of all groups.
+    bool add_one(PyObject* group, const py::object& param, std::uint64_t place);
 
     // Whether there was an overflow, and nothing is to be done. As far as it is known here: it is,
     // at the price of waiting for the device, where a kernel alone could not do what is right.
@@ -288,10 +393,13 @@ private:
         Tensor param;
         Tensor grad;
         Tensor momentum_buffer;
+        Tensor master_param;
     };
-    struct NewBuffer {
+    // To be set in a parameter's state.
+    struct NewState {
         py::object param;
-        py::object momentum_buffer;
+        PyObject* key;
+        py::object value;
     };
     // The entries on one device.
     struct Share {
@@ -299,14 +407,18 @@ private:
 
         c10::Device device;
         c10::SmallVector<Entry, 16> entries;
-        c10::SmallVector<Tensors, 16> tensors;  // one per entry
+        c10::SmallVector<Tensors, 16> tensors;   // one per entry
+        std::vector<EntryPrecision> precisions;  // one per entry, or none
+        bool is_ordinary = true;                 // all entries
         std::int64_t chunks = 0;
     };
 
     // Whether gradients are written, as far as is known here.
     bool unscales() const { return !(grad_scale_.is_known() && grad_scale_.value() == 1); }
 
-    bool add(const py::object& param_object, const Options& options);
+    Covered<Options> add_options(PyObject* group);
+    Covered<> add(const py::object& param, const Covered<Options>& options);
+    Covered<> add_covered(const py::object& param_object, const Options& options);
     Share& share_on(c10::Device device);
     Step step_of(const Share& share) const;
     void run_on_cpu(const Share& share);
@@ -315,48 +427,117 @@ private:
     const py::dict& state_;
     ScalerNumber grad_scale_;
     ScalerNumber found_inf_;
+    const Rounding& rounding_;
+    std::uint64_t place_ = 0;  // of a parameter among those of all groups
     c10::SmallVector<Hyperparameters, 2> groups_;
     std::vector<Tensor> learning_rates_;  // on devices
     c10::SmallVector<Share, 1> shares_;
-    std::vector<NewBuffer> new_buffers_;
+    std::vector<NewState> new_states_;
+    std::vector<Tensor> dtensors_;  // parameters whose local tensors are updated
     bool on_cpu_ = false;
     bool dampened_first_step_ = false;
 };
 
-py::list StepPlan::add_group(PyObject* group) {
-    std::optional<Options> const options = read_options(group);
-    bool const covered = options && !in_functorch() && !in_dispatch_mode();
-    if (covered) {
+// Or why the kernels cover no parameter of the group.
+Covered<Options> StepPlan::add_options(PyObject* group) {
+    if (in_functorch() || in_dispatch_mode()) return not_covered("a mode that watches calls");
+    Covered<Options> options = read_options(group);
+    if (options) {
         groups_.push_back(options->h);
         if (options->device_lr.defined()) learning_rates_.push_back(options->device_lr);
     }
+    return options;
+}
+
+py::list StepPlan::add_group(PyObject* group) {
+    Covered<Options> const options = add_options(group);
     py::list left;
     for_each_param(group, [&](const py::object& param) {
-        if (has_grad(param) && !(covered && add(param, *options))) left.append(param);
+        if (has_grad(param) && !add(param, options)) left.append(param);
+        ++place_;
     });
     return left;
 }
 
-// Returns whether the kernels cover it; if so it is part of the plan.
-bool StepPlan::add(const py::object& param_object, const Options& options) {
-    if (!THPVariable_CheckExact(param_object.ptr())) return false;
-    const Tensor& param = THPVariable_Unpack(param_object.ptr());
+bool StepPlan::add_one(PyObject* group, const py::object& param, std::uint64_t place) {
+    Covered<Options> const options = add_options(group);
+    place_ = place;
+    return static_cast<bool>(add(param, options));
+}
+
+Covered<> StepPlan::add(const py::object& param, const Covered<Options>& options) {
+    Covered<> const answer = options ? add_covered(param, *options) : options.why_not();
+    if (answer) return answer;
+    const Tensor& tensor = THPVariable_Unpack(param.ptr());
+    TORCH_CHECK(!rounding_.seed || precision_of(tensor, rounding_) == Precision::ordinary,
+                "stochastic_rounding does not cover this parameter of shape ", tensor.sizes(), ": ",
+                answer.why_not().reason);
+    calls.fell_back(tensor.device(), answer.why_not());
+    return answer;
+}
+
+// A parameter that is covered is part of the plan.
+Covered<> StepPlan::add_covered(const py::object& param_object, const Options& options) {
+    const Tensor* const local = local_tensor(param_object.ptr());
+    if (local == nullptr) return not_covered("a tensor subclass");
+    const Tensor& param = *local;
     const Hyperparameters& h = options.h;
-    Tensor grad = param.unsafeGetTensorImpl()->grad();
-    if (param.is_nested() || grad.is_nested()) return false;
+    bool const distributed = !THPVariable_CheckExact(param_object.ptr());
+    Tensor grad;
+    if (distributed) {
+        py::object const object = param_object.attr(keys().grad);
+        if (!holds_elements(param_object)) return not_covered("a DTensor of partial sums");
+        if (!same_placements(param_object, object)) {
+            return not_covered("a gradient placed unlike its parameter");
+        }
+        const Tensor* const local_grad = local_tensor(object.ptr());
+        if (local_grad == nullptr) return not_covered("a tensor subclass");
+        grad = *local_grad;
+    } else {
+        grad = param.unsafeGetTensorImpl()->grad();
+    }
+    if (param.is_nested() || grad.is_nested()) return not_covered("a nested tensor");
     check_update(param, grad, h);
 
+    Precision const precision = precision_of(param, rounding_);
+    bool const has_master = precision == Precision::master_weights;
+    bool const is_stochastic = precision == Precision::stochastic_rounding;
+    if (distributed && precision != Precision::ordinary) {
+        return not_covered("master weights or stochastic rounding of a DTensor");
+    }
     bool const with_momentum = h.momentum != 0;
     Tensor buffer;
-    if (with_momentum) {
+    Tensor master;
+    std::uint64_t steps = 0;
+    if (with_momentum || precision != Precision::ordinary) {
         PyObject* const of_param = find(state_.ptr(), param_object.ptr());
-        if (of_param && !PyDict_Check(of_param)) return false;
-        PyObject* const found = of_param ? find(of_param, keys().momentum_buffer) : nullptr;
-        if (found && found != Py_None) {
-            if (!THPVariable_CheckExact(found)) return false;
-            buffer = THPVariable_Unpack(found);
-            if (buffer.is_nested()) return false;
+        if (of_param && !PyDict_Check(of_param)) return not_covered("a state that is no dict");
+        auto const find_state = [of_param](bool wanted, PyObject* key) -> PyObject* {
+            PyObject* const found = wanted && of_param ? find(of_param, key) : nullptr;
+            return found == Py_None ? nullptr : found;
+        };
+        if (PyObject* const found = find_state(with_momentum, keys().momentum_buffer)) {
+            if (distributed && !same_placements(param_object, found)) {
+                return not_covered("a momentum buffer placed unlike its parameter");
+            }
+            const Tensor* const local_buffer = local_tensor(found);
+            if (local_buffer == nullptr || (!distributed && is_dtensor(found))) {
+                return not_covered("a momentum buffer of a tensor subclass");
+            }
+            buffer = *local_buffer;
+            if (buffer.is_nested()) return not_covered("a nested tensor");
             check_buffer(buffer, param, grad);
+        }
+        if (PyObject* const found = find_state(has_master, keys().master_param)) {
+            if (!THPVariable_CheckExact(found)) {
+                return not_covered("a master weight of a tensor subclass");
+            }
+            master = THPVariable_Unpack(found);
+            if (master.is_nested()) return not_covered("a nested tensor");
+            check_master(master, param);
+        }
+        if (PyObject* const found = find_state(is_stochastic, keys().step)) {
+            steps = py::handle(found).cast<std::uint64_t>();
         }
     }
 
@@ -366,27 +547,60 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
     auto const is_elsewhere = [device](const Tensor& tensor) {
         return tensor.defined() && tensor.device() != device;
     };
-    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(options.device_lr)) return false;
-    if (!dtype || !is_writable(param) || !param.is_non_overlapping_and_dense()) return false;
-    if (!(unscale ? is_writable(grad) : is_ordinary(grad)) || grad.sizes() != param.sizes() ||
-        grad.scalar_type() != param.scalar_type()) {
-        return false;
+    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(master) ||
+        is_elsewhere(options.device_lr)) {
+        return not_covered("a gradient, a state or lr on another device");
+    }
+    if (!dtype) return not_covered("a dtype that the kernels do not compute");
+    if (grad.is_sparse()) return not_covered("a sparse gradient");
+    if (!is_writable(param) || !(unscale ? is_writable(grad) : is_ordinary(grad))) {
+        return not_covered("a device or a kind of tensor without kernels");
+    }
+    if (!param.is_non_overlapping_and_dense()) return not_covered("a strided view as a parameter");
+    if (grad.sizes() != param.sizes() || grad.scalar_type() != param.scalar_type()) {
+        return not_covered("a gradient of another shape or dtype");
     }
     bool const first_step = with_momentum && !buffer.defined();
-    if (buffer.defined() && (!is_writable(buffer) || !same_layout(param, buffer) ||
-                             buffer.scalar_type() != param.scalar_type())) {
-        return false;
+    if (buffer.defined() && !has_master &&
+        (!is_writable(buffer) || !same_layout(param, buffer) ||
+         buffer.scalar_type() != param.scalar_type())) {
+        return not_covered("a momentum buffer of another dtype or layout");
+    }
+    if (is_stochastic && is_capturing(device)) {
+        TORCH_CHECK(false,
+                    "stochastic_rounding cannot be captured in a CUDA graph: every replay "
+                    "would draw the same numbers");
     }
     if (!same_layout(param, grad)) {
-        if (unscale) return false;  // the gradient itself is to change, not a copy
+        if (unscale) {  // the gradient itself is to change, not a copy
+            return not_covered("a gradient of another layout, to be unscaled in place");
+        }
         at::NoGradGuard const no_grad;
         grad = at::empty_like(param).copy_(grad);
     }
     if (first_step) {
-        buffer = at::empty_like(param);
-        new_buffers_.push_back(
-            {param_object, py::reinterpret_steal<py::object>(THPVariable_Wrap(buffer))});
+        at::NoGradGuard const no_grad;
+        auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(
+            at::empty_like(THPVariable_Unpack(param_object.ptr()),
+                           has_master ? at::TensorOptions(at::kFloat) : at::TensorOptions())));
+        buffer = *local_tensor(made.ptr());
+        new_states_.push_back({param_object, keys().momentum_buffer, std::move(made)});
         dampened_first_step_ |= h.dampening != 0;
+    }
+    if (has_master) {
+        auto const keep = [&](PyObject* key, Tensor& tensor, const Tensor& source) {
+            Tensor kept = as_float32(source, param);
+            if (!kept.is_same(tensor)) {
+                auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(kept));
+                new_states_.push_back({param_object, key, std::move(made)});
+            }
+            tensor = std::move(kept);
+        };
+        keep(keys().master_param, master, master.defined() ? master : param);
+        if (buffer.defined()) keep(keys().momentum_buffer, buffer, buffer);
+    }
+    if (is_stochastic) {
+        new_states_.push_back({param_object, keys().step, py::int_(steps + 1)});
     }
 
     Share& share = share_on(device);
@@ -399,8 +613,15 @@ bool StepPlan::add(const py::object& param_object, const Options& options) {
                       first_step};
     share.chunks = entry.extent.end_chunk();
     share.entries.push_back(entry);
-    share.tensors.push_back({param, std::move(grad), std::move(buffer)});
-    return true;
+    if (rounding_.master_weights || rounding_.seed) {
+        share.precisions.push_back(
+            {has_master ? master.mutable_data_ptr<float>() : nullptr,
+             is_stochastic ? rounding_key(*rounding_.seed, place_, steps) : 0, precision});
+        share.is_ordinary &= precision == Precision::ordinary;
+    }
+    share.tensors.push_back({param, std::move(grad), std::move(buffer), std::move(master)});
+    if (distributed) dtensors_.push_back(THPVariable_Unpack(param_object.ptr()));
+    return covered;
 }
 
 StepPlan::Share& StepPlan::share_on(c10::Device device) {
@@ -424,6 +645,7 @@ Step StepPlan::step_of(const Share& share) const {
             static_cast<std::int64_t>(groups_.size()),
             share.entries.data(),
             static_cast<std::int64_t>(share.entries.size()),
+            share.is_ordinary ? nullptr : share.precisions.data(),
             grad_scale_.value(),
             nullptr,
             nullptr};
@@ -445,15 +667,11 @@ void StepPlan::run_on_cpu(const Share& share) {
 
 #if defined(FUSEDSTEP_CUDA)
 
-constexpr const char* kOp = "SGD.step";
-
 // A step's table in the memory of the device, from when the stream comes to what is enqueued next.
 Tensor table_on_device(const Step& step, c10::Device device, cudaStream_t stream) {
     auto const bytes = static_cast<std::int64_t>(table_bytes(step));
     auto const options = at::TensorOptions(at::kByte);
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check_launch(cudaStreamIsCapturing(stream, &capture), kOp);
-    if (capture == cudaStreamCaptureStatusNone) {
+    if (!is_capturing(device)) {
         Tensor const staging = at::empty({bytes}, options.pinned_memory(kCudaDevice == at::kCUDA));
         write_table(step, staging.mutable_data_ptr());
         return staging.to(options.device(device), /*non_blocking=*/true);
@@ -492,6 +710,7 @@ void StepPlan::run_on_cuda(const Share&) {}
 void StepPlan::run() {
     for (const Share& share : shares_) {
         runs_on_cuda(share.device) ? run_on_cuda(share) : run_on_cpu(share);
+        calls.fused(share.device, static_cast<std::int64_t>(share.entries.size()));
     }
     for (const Share& share : shares_) {
         for (const Tensors& written : share.tensors) {
@@ -500,23 +719,38 @@ void StepPlan::run() {
             if (written.momentum_buffer.defined()) {
                 written.momentum_buffer.unsafeGetTensorImpl()->bump_version();
             }
+            if (written.master_param.defined()) {
+                written.master_param.unsafeGetTensorImpl()->bump_version();
+            }
         }
     }
-    for (const NewBuffer& made : new_buffers_) {
+    for (const Tensor& param : dtensors_) param.unsafeGetTensorImpl()->bump_version();
+    for (const NewState& made : new_states_) {
         auto const of_param =  // made by the state where it is missing: it is a defaultdict
             py::reinterpret_steal<py::object>(PyObject_GetItem(state_.ptr(), made.param.ptr()));
-        if (!of_param || PyObject_SetItem(of_param.ptr(), keys().momentum_buffer,
-                                          made.momentum_buffer.ptr()) != 0) {
+        if (!of_param || PyObject_SetItem(of_param.ptr(), made.key, made.value.ptr()) != 0) {
             throw py::error_already_set();
         }
+    }
+}
+
+// Raises where a DistributedDataParallel is going to average the gradient, which it does when hooks
+// of the gradient have run: its own is the only one of C++ on what accumulates a gradient.
+void require_no_reducer(const Tensor& param) {
+    auto const accumulator = torch::autograd::impl::try_get_grad_accumulator(param);
+    if (!accumulator) return;
+    for (const auto& hook : accumulator->post_hooks()) {
+        TORCH_CHECK(!dynamic_cast<torch::autograd::utils::LambdaPostHook*>(hook.get()),
+                    "SGD(in_backward=True) would use this process's gradient before "
+                    "DistributedDataParallel has averaged it; use fully_shard, or step()");
     }
 }
 
 }  // namespace
 
 py::list step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
-              const py::object& found_inf) {
-    StepPlan plan(state, grad_scale, found_inf);
+              const py::object& found_inf, const Rounding& rounding) {
+    StepPlan plan(state, grad_scale, found_inf, rounding);
     if (plan.overflowed()) return py::list();
     py::list leftovers;
     for (py::handle group : param_groups) {
@@ -527,6 +761,16 @@ py::list step(const py::list& param_groups, const py::dict& state, const py::obj
     if (plan.overflowed()) return py::list();
     plan.run();
     return leftovers;
+}
+
+bool step_in_backward(const py::dict& group, const py::object& param, std::uint64_t place,
+                      const py::dict& state, const Rounding& rounding) {
+    if (THPVariable_CheckExact(param.ptr())) require_no_reducer(THPVariable_Unpack(param.ptr()));
+    StepPlan plan(state, py::none(), py::none(), rounding);
+    if (!plan.add_one(group.ptr(), param, place)) return false;
+    plan.run();
+    THPVariable_Unpack(param.ptr()).mutable_grad().reset();
+    return true;
 }
 
 void zero_grad(const py::list& param_groups) {

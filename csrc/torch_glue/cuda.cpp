@@ -31,6 +31,13 @@ const DeviceLimits& device_limits(c10::Device device) {
     return limits[index];
 }
 
+std::uint64_t current_capture(c10::Device device) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long id = 0;
+    check_launch(cudaStreamGetCaptureInfo(current_stream(device), &status, &id), "stream query");
+    return status == cudaStreamCaptureStatusNone ? 0 : id;
+}
+
 void* new_host_visible(std::size_t bytes) {
     // Allowed while this thread captures a graph: nothing of it is recorded.
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;

@@ -6,6 +6,8 @@
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
+
 #include "core/cuda_launch.h"
 
 #if !defined(FUSEDSTEP_EMULATED_CUDA)
@@ -39,6 +41,9 @@ inline cudaStream_t current_stream(c10::Device device) {
 inline bool is_cuda(const at::Tensor& tensor) { return tensor.device().type() == kCudaDevice; }
 
 const DeviceLimits& device_limits(c10::Device device);
+
+// Which capture of a CUDA graph the device's current stream is part of; 0 for none.
+std::uint64_t current_capture(c10::Device device);
 
 // Zeroed memory of the host that kernels of every device can write; never freed.
 void* new_host_visible(std::size_t bytes);

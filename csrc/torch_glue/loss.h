@@ -39,6 +39,14 @@ inline bool has_kernels(const at::Tensor& tensor) {
 
 inline bool is_narrow(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
 
+// The capture of a CUDA graph that what is done to this tensor becomes part of; 0 for none.
+inline std::uint64_t capture_around([[maybe_unused]] const at::Tensor& tensor) {
+#if defined(FUSEDSTEP_CUDA)
+    if (is_cuda(tensor)) return current_capture(tensor.device());
+#endif
+    return 0;
+}
+
 // Whether autocast widens 16-bit tensors of this device before a loss.
 inline bool in_autocast(const at::Tensor& tensor) {
     return !tensor.is_meta() && at::autocast::is_autocast_enabled(tensor.device().type());
@@ -90,13 +98,15 @@ inline bool is_power_of_two(double value) {
 
 // `grad`, the gradient for a grad_output of 1, times grad_output; bfloat16 is computed anew where a
 // second rounding would show. What is saved is handed over, and changed in place, only when this
-// graph is about to be freed: a second backward must find it.
+// graph is about to be freed: a second backward must find it. So must every replay of a CUDA graph
+// that holds the backward pass and not the forward pass (Node::forward_capture says which does).
 //
 // Node::recomputed(grad_output) computes the gradient into new memory; on CUDA, where nobody can
 // look at grad_output, Node::recompute_into(grad, grad_output) does it in place unless that is 1.
 template <class Node>
 at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_output,
                            bool symbolic) {
+    if (symbolic && is_narrow(grad.scalar_type())) return node.recomputed(grad_output);
     if (symbolic || is_symbolic(grad_output) || is_wrapped(grad_output) || in_functorch() ||
         in_dispatch_mode()) {
         return at::mul(grad, grad_output).to(grad.scalar_type());
@@ -105,7 +115,9 @@ at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_
     bool const narrow = is_narrow(grad.scalar_type());
 #if defined(FUSEDSTEP_CUDA)
     if (is_cuda(grad)) {
-        if (keep) return narrow ? node.recomputed(grad_output) : at::mul(grad, grad_output);
+        if (keep || node.forward_capture != capture_around(grad)) {
+            return narrow ? node.recomputed(grad_output) : at::mul(grad, grad_output);
+        }
         at::Tensor const result = std::move(grad);
         if (narrow) {
             node.recompute_into(result, grad_output);

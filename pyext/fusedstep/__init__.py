@@ -1,6 +1,7 @@
 """The training step around a network, fused: loss forward, loss backward, SGD update.
 
-The losses and ``SGD`` are drop-ins for torch's classes of the same names; ``FocalLoss`` is ours.
+The losses and ``SGD`` are drop-ins for torch's classes of the same names (``FocalLoss`` has no
+such class). :func:`patch` lets torch's own names mean them; :func:`stats` tells what ran.
 """
 
 from fusedstep._compatibility import check_torch as _check_torch
@@ -11,6 +12,8 @@ _check_torch()
 
 from fusedstep import fakes as _fakes  # noqa: E402, F401
 from fusedstep import functional, nn, optim  # noqa: E402
+from fusedstep._patch import patch, patched, unpatch  # noqa: E402
+from fusedstep._stats import reset_stats, stats  # noqa: E402
 from fusedstep.nn import (  # noqa: E402
     BCEWithLogitsLoss,
     CrossEntropyLoss,
@@ -34,4 +37,9 @@ __all__ = [
     "functional",
     "nn",
     "optim",
+    "patch",
+    "patched",
+    "reset_stats",
+    "stats",
+    "unpatch",
 ]

@@ -1,4 +1,8 @@
-"""``python -m fusedstep info``: what this installation was built for and what it will use."""
+"""fusedstep's command line.
+
+``python -m fusedstep run`` runs an unchanged script on fusedstep's losses and SGD;
+``python -m fusedstep info`` says what this installation was built for and what it will use.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 
 import fusedstep
 from fusedstep import _C, _build_info
+from fusedstep._run import run
 
 Fact: TypeAlias = "str | bool | list[str] | None"
 
@@ -83,11 +88,30 @@ def text(fact: Fact) -> str:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m fusedstep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fusedstep")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="what was built, for which torch, CUDA, CPU level")
     show.add_argument("--json", action="store_true", help="print as JSON")
+    script = commands.add_parser(
+        "run",
+        help="run an unchanged script, in which torch's losses and SGD mean fusedstep's",
+        usage="%(prog)s [--stats] (script | -m module) [argument ...]",
+    )
+    script.add_argument(
+        "--stats", action="store_true", help="at exit, print what ran and what fell back, and why"
+    )
+    script.add_argument("-m", "--module", action="store_true", help="the script is a module's name")
+    script.add_argument("script")
+    script.add_argument("argument", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
+    if arguments.command == "run":
+        run(
+            arguments.script,
+            arguments.argument,
+            is_module=arguments.module,
+            with_stats=arguments.stats,
+        )
+        return
     facts = info()
     if arguments.json:
         print(json.dumps(facts))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 from torch.nn import _reduction as _Reduction
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function
 from torch.utils._device import DeviceContext
 
 from fusedstep import _C
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _L1, _MSE, _SMOOTH_L1, _HUBER, _BCE_WITH_LOGITS = range(5)  # Kind in pointwise_loss/math.h
 
@@ -30,7 +37,17 @@ __all__ = [
 
 _Result = TypeVar("_Result")
 
+# torch's own functions: those that torch.nn.functional held when this module was imported.
+_TORCH: dict[str, Callable[..., Tensor]] = {
+    name: getattr(torch.nn.functional, name)
+    for name in __all__
+    if hasattr(torch.nn.functional, name)
+}
+
+_WITHOUT_WEIGHT = {"l1_loss", "mse_loss", "huber_loss"}  # whose weight is torch's to compute
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while a graph is made of a program
 
 
 def cross_entropy(
@@ -91,14 +108,23 @@ def cross_entropy(
     is done in the forward pass; the backward pass is at most one more. Neither waits for the
     device, and both can be captured in a CUDA graph.
 
-    Arguments outside the above (other devices, tensor subclasses, ``torch.func`` transforms,
+    Logits that are a :class:`torch.distributed.tensor.DTensor` are computed where they lie, also
+    with their classes sharded: :func:`fusedstep.distributed.cross_entropy` says how.
+
+    Arguments outside the above (other devices, other tensor subclasses, ``torch.func`` transforms,
     forward-mode differentiation, a ``target`` or ``weight`` that requires a gradient) go to torch's
     own op.
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     code = _reduction_code(reduction)
-    if is_dynamo_compiling():
+    if type(input) is not Tensor and _is_dtensor(input):
+        from fusedstep import distributed
+
+        return distributed.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing
+        )
+    if _is_traced(input):
         loss: Tensor = torch.ops.fusedstep.cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
@@ -157,7 +183,7 @@ def cross_entropy_with_lse(
     """
     code = _reduction_code(reduction)
     args = (input, target, weight, code, ignore_index, label_smoothing, z_loss)
-    result = None if is_dynamo_compiling() else _fused(_C.cross_entropy_with_lse, *args)
+    result = None if _is_traced(input) else _fused(_C.cross_entropy_with_lse, *args)
     if result is None:
         result = torch.ops.fusedstep.cross_entropy_with_lse(*args)
     return result
@@ -202,7 +228,7 @@ def focal_loss(
     operators here.
     """
     args = (input, target, gamma, weight, _reduction_code(reduction), ignore_index)
-    loss = None if is_dynamo_compiling() else _fused(_C.focal_loss, *args)
+    loss = None if _is_traced(input) else _fused(_C.focal_loss, *args)
     if loss is None:
         loss = torch.ops.fusedstep.focal_loss(*args)
     return loss
@@ -408,8 +434,8 @@ def _pointwise_loss(
     code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
     if code is None:
         return None
-    if is_dynamo_compiling():
-        if input.shape != target.shape:
+    if _is_traced(input):
+        if input.shape != target.shape or _is_dtensor(input) or _is_dtensor(target):
             return None
         loss: Tensor = torch.ops.fusedstep.pointwise_loss(
             input, target, weight, pos_weight, kind, code, parameter
@@ -447,12 +473,60 @@ def _is_default_device_all_that_watches() -> bool:
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
 
 
+def _is_traced(input: Tensor) -> bool:
+    """Whether a graph is made of the program, which is to show operators."""
+    return is_compiling() or type(input) in _TRACED
+
+
+def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; nothing can be one before its module has been imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def _torch(ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any) -> Tensor:
-    """Let a function mode see our function, and torch compute what the kernels do not cover."""
+    """Let a function mode see our function, and torch compute what the kernels do not cover.
+
+    What the compiled core has looked at, it has counted; the rest is counted here.
+    """
+    name = ours.__name__
     tensors = [t for t in (*operands, *options.values()) if isinstance(t, Tensor)]
     plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if plain and torch._C._is_torch_function_mode_enabled():
-        loss: Tensor = handle_torch_function(ours, tensors, *operands, **options)
-    else:
-        loss = getattr(torch.nn.functional, ours.__name__)(*operands, **options)
-    return loss
+    if (
+        plain
+        and torch._C._is_torch_function_mode_enabled()
+        and not _is_default_device_all_that_watches()
+    ):
+        patched = getattr(torch.nn.functional, name) is stand_ins[name]
+        seen = stand_ins[name] if patched else ours
+        loss: Tensor = handle_torch_function(seen, tensors, *operands, **options)
+        return loss
+    if tensors and not is_compiling():
+        if not plain:
+            _C.count_fallback(name, tensors[0].device, "a tensor subclass")
+        elif name in _WITHOUT_WEIGHT and options["weight"] is not None:
+            _C.count_fallback(name, tensors[0].device, "a weight for each element")
+    return _TORCH[name](*operands, **options)
+
+
+def _under_torchs_name(ours: FunctionType) -> FunctionType:
+    """A twin of our function that is pickled as torch's of the same name.
+
+    So what refers to it is loaded where fusedstep is not installed, and means torch's there.
+    """
+    twin = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__)
+    twin.__dict__.update(ours.__dict__)
+    twin.__kwdefaults__ = ours.__kwdefaults__
+    twin.__annotations__ = ours.__annotations__
+    twin.__doc__ = ours.__doc__
+    twin.__module__ = torch.nn.functional.__name__
+    return twin
+
+
+for _name, _original in _TORCH.items():
+    # torch.jit.script() compiles torch's own function in the place of ours: it asks whether there
+    # is this attribute. torch.compile asks whether it is true, and traces ours.
+    vars(globals()[_name]).update(__script_if_tracing_wrapper=False, __original_fn=_original)
+
+# What torch.nn.functional's names mean while they are patched.
+stand_ins = {name: _under_torchs_name(globals()[name]) for name in _TORCH}

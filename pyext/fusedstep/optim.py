@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _profiler_enabled
-from torch._compile import _disable_dynamo
-from torch.compiler import is_dynamo_compiling
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch.optim.optimizer import (
     Optimizer,
+    ParamsT,
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
 )
 from torch.optim.sgd import sgd
+from torch.utils.hooks import RemovableHandle
 
 from fusedstep import _C
 
@@ -33,28 +39,25 @@ _HYPERPARAMETERS = {
 }
 
 
-# torch's step without the hooks that Optimizer wraps around it when the first instance is made.
-_torch_step: Callable[..., Any] = torch.optim.SGD.step
-if getattr(_torch_step, "hooked", False):
-    _torch_step = _torch_step.__wrapped__  # type: ignore[attr-defined]
+def _outside_graphs(function: _Step) -> _Step:
+    """Let torch.compile run a function, and all that it calls, as it is.
+
+    What :func:`torch.compiler.disable` does, at no cost for each call.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    outside = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, outside)
+    return function
 
 
 def _profile_hook_step(step: _Step) -> _Step:
-    """Do what :meth:`Optimizer.profile_hook_step` does, and just the update where that is all.
-
-    Under ``torch.compile`` torch's own step, which is made to be traced, takes the place of ours;
-    but its fused one is not, and ours then runs outside the graph.
-    """
+    """Do what :meth:`Optimizer.profile_hook_step` does, and just the update where that is all."""
     profiled = Optimizer.profile_hook_step(step)
-    traced = Optimizer.profile_hook_step(_torch_step)
-    untraced = _disable_dynamo(profiled)
 
+    @_outside_graphs
     @functools.wraps(step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         self = args[0]
-        if is_dynamo_compiling():
-            fused = any(group["fused"] for group in self.param_groups)
-            return (untraced if fused or hasattr(self, "grad_scale") else traced)(*args, **kwargs)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -72,7 +75,7 @@ def _profile_hook_step(step: _Step) -> _Step:
             or self.defaults["differentiable"]
         ):
             return step(*args, **kwargs)
-        left = _C.sgd_step(self.param_groups, self.state, None, None)
+        left = _C.sgd_step(self.param_groups, self.state, None, None, self._rounding)
         if left:
             self._step_by_torch(left)
         return None
@@ -86,6 +89,51 @@ def _require_finite(group: dict[str, Any]) -> None:
         value = group[key]
         if not math.isfinite(value.item() if isinstance(value, Tensor) else value):
             raise ValueError(f"Invalid {name}: {value}")
+
+
+class _IfStepIsOurs:
+    """Whether ``step`` is :meth:`SGD.step`, maybe inside what an LR scheduler wraps around it.
+
+    The step of a subclass knows nothing of GradScaler's scale. Without a setter: torch's
+    constructor gives the attribute to instances with ``fused=True``.
+    """
+
+    def __get__(self, optimizer: Optimizer | None, owner: type[Optimizer]) -> bool:
+        step: Any = owner.step if optimizer is None else optimizer.step
+        step = getattr(step, "__func__", step)
+        while step is not SGD.step and hasattr(step, "__wrapped__"):
+            step = step.__wrapped__
+        return step is SGD.step
+
+
+class _StepInBackward:
+    """Hook that updates a parameter as soon as its gradient is complete, and drops the gradient.
+
+    The garbage collector does not see what a parameter's hooks hold: they hold nothing.
+    """
+
+    def __init__(self, optimizer: SGD, group: int, place: int) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.group = group
+        self.place = place
+
+    def __call__(self, param: Tensor) -> None:
+        optimizer = self.optimizer()
+        if optimizer is None or param.grad is None:
+            return
+        group = optimizer.param_groups[self.group]
+        if not _C.sgd_step_in_backward(
+            group, param, self.place, optimizer.state, optimizer._rounding
+        ):
+            optimizer._step_by_torch([(group, [param])])
+            param.grad = None
+
+
+def _optimizer_in_backward(param: Tensor) -> SGD | None:
+    """The one that updates the parameter as soon as its gradient is complete."""
+    hooks = param._post_accumulate_grad_hooks or {}
+    owners = (hook.optimizer() for hook in hooks.values() if isinstance(hook, _StepInBackward))
+    return next((owner for owner in owners if owner is not None), None)
 
 
 class SGD(torch.optim.SGD):
@@ -110,10 +158,12 @@ class SGD(torch.optim.SGD):
     ``fused`` are accepted and kept: on what the kernels cover, every step is fused.
 
     Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU and
-    on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device.
-    Parameters outside that (other devices, sparse gradients, complex numbers, strided views,
-    tensor subclasses), or ``differentiable=True``, are updated in the same call by torch's own
-    functions.
+    on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device. Of a
+    :class:`torch.distributed.tensor.DTensor` each rank updates its part, where the gradient has the
+    parameter's placements; its momentum buffer is a DTensor with the same.
+    Parameters outside that (other devices, sparse gradients, complex numbers, strided views, other
+    tensor subclasses, gradients that are ``Partial``), or ``differentiable=True``, are updated in
+    the same call by torch's own functions.
 
     On CUDA a step is one kernel for each device, however many parameters there are. It runs on the
     current stream, does not wait for the device and can be captured in a CUDA graph. A tensor
@@ -129,16 +179,188 @@ class SGD(torch.optim.SGD):
             parameter, or a hyperparameter overflows the parameter's dtype.
 
     An error in ``step`` leaves parameters, gradients and state as they were.
+
+    The arguments below are ours. They are no part of ``defaults``, of the parameter groups or of a
+    checkpoint, and none of them changes what float32 and float64 parameters become.
+
+    Args:
+        master_weights: Whether bfloat16 and float16 parameters are roundings of float32 weights,
+            which lie in their state as ``master_param``, beside a float32 ``momentum_buffer``. The
+            update computes in these and rounds the parameter, in one pass; master weights and
+            momentum are those of a float32 run on the same gradients. An element of a parameter
+            that is not the rounding of its master weight was written since the last step, by
+            ``load_state_dict`` of the model or by hand, and takes the place of the master weight.
+            :class:`torch.amp.GradScaler`'s scale is divided out in float32. Torch's SGD loads such
+            a checkpoint, rounds the momentum to the parameter's dtype and ignores the weights; its
+            checkpoints load here, and master weights begin at the parameters.
+        stochastic_rounding: Whether bfloat16 parameters are rounded up or down by chance, away from
+            zero with the probability of the way that they have gone to the next value, so that
+            small updates are not lost but add up on average. Momentum is rounded to nearest.
+            What is drawn depends on ``seed``, on the parameter's place among all, on its number of
+            steps (``step`` in its state) and on the element's offset in memory: the same bits on
+            the CPU and on CUDA, for any number of threads and in a resumed run; replicas stay
+            alike. It cannot be captured in a CUDA graph, whose replays would draw the same numbers,
+            and float16 parameters are refused. Under :class:`torch.amp.GradScaler` on CUDA a
+            skipped step counts.
+        seed: Of stochastic rounding; an integer in [0, 2**64).
+        in_backward: Whether ``backward`` itself updates each parameter as soon as its gradient is
+            complete, and sets the gradient to None, so that one gradient is alive at a time. The
+            bits are those of ``step``, the hyperparameters those of that moment. ``step`` stays in
+            the loop for schedulers, hooks and closures, and updates what still has a gradient.
+            Each ``backward`` is an update: gradients cannot be accumulated over several, clipped
+            by their norm or scaled by GradScaler (which raises in ``step``), and a second backward
+            through the old weights is torch's error. An error in the middle of ``backward`` leaves
+            the parameters behind it as they were. Reentrant activation checkpoints run a backward
+            for each segment, so that a parameter of two segments is updated twice. Parameters of
+            ``fully_shard`` are updated when their gradient has been reduced;
+            ``DistributedDataParallel`` reduces too late and is refused with a RuntimeError. It
+            lasts as long as the optimizer, or until :meth:`remove_backward_hooks`; copies of the
+            optimizer update their own copies of the parameters.
     """
 
     # Asks GradScaler to hand over its scale instead of unscaling gradients in a pass of its own.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = _IfStepIsOurs()
+
+    master_weights: bool = False
+    stochastic_rounding: bool = False
+    seed: int = 0
+    in_backward: bool = False
+    _rounding = _C.Rounding(master_weights=False, seed=None)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        in_backward: bool = False,
+    ) -> None:
+        if master_weights and stochastic_rounding:
+            raise ValueError(
+                "master_weights and stochastic_rounding exclude each other: "
+                "master weights keep what rounding drops"
+            )
+        if differentiable and (master_weights or stochastic_rounding):
+            raise ValueError(
+                "master_weights and stochastic_rounding cannot be differentiated: "
+                "they do not go with differentiable=True"
+            )
+        if differentiable and in_backward:
+            raise ValueError("in_backward does not go with differentiable=True")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"Invalid seed: {seed}, not in [0, 2^64)")
+        self._extend(master_weights, stochastic_rounding, seed, in_backward)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def _extend(
+        self, master_weights: bool, stochastic_rounding: bool, seed: int, in_backward: bool
+    ) -> None:
+        """Set what torch's SGD does not have. It is no part of ``defaults`` or of a checkpoint."""
+        self.master_weights = master_weights
+        self.stochastic_rounding = stochastic_rounding
+        self.seed = seed
+        self.in_backward = in_backward
+        self._hooks: list[RemovableHandle] = []
+        self._rounding = _C.Rounding(
+            master_weights=master_weights, seed=seed if stochastic_rounding else None
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = (self.master_weights, self.stochastic_rounding, self.seed, self.in_backward)
+        return {**super().__getstate__(), "_extensions": ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if extensions := state.pop("_extensions", None):
+            self._extend(*extensions)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.in_backward:
+            for index in range(len(self.param_groups)):
+                self._step_group_in_backward(index)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` of this class or of torch's returned.
+
+        Torch casts floating-point state to the dtype of its parameter. With ``master_weights`` the
+        float32 weights and momentum of 16-bit parameters stay as they were saved.
+        """
+        if not self.master_weights:
+            super().load_state_dict(state_dict)
+            return
+        loaded: dict[str, Any] = {}
+        capture = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        restore = self.register_load_state_dict_post_hook(
+            lambda _: self._restore_float32(loaded), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            capture.remove()
+            restore.remove()
+
+    def _restore_float32(self, loaded: dict[str, Any]) -> None:
+        ids = (param_id for group in loaded["param_groups"] for param_id in group["params"])
+        params = (param for group in self.param_groups for param in group["params"])
+        for param_id, param in zip(ids, params, strict=True):
+            for key in ("momentum_buffer", "master_param"):
+                value = loaded["state"].get(param_id, {}).get(key)
+                if isinstance(value, Tensor) and value.dtype == torch.float32:
+                    self.state[param][key] = value.to(param.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does."""
         if isinstance(param_group, dict):
             _require_finite({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if self.in_backward:
+            try:
+                self._step_group_in_backward(len(self.param_groups) - 1)
+            except RuntimeError:
+                self.param_groups.pop()
+                raise
+
+    def _step_group_in_backward(self, index: int) -> None:
+        """Hang a hook on every parameter of a group that lacks it and can receive gradients."""
+        params = self.param_groups[index]["params"]
+        place = sum(len(group["params"]) for group in self.param_groups[:index])
+        hooked = {param: _optimizer_in_backward(param) for param in params}
+        if any(other is not None and other is not self for other in hooked.values()):
+            raise RuntimeError(
+                "a parameter is updated in backward by another optimizer; "
+                "that one's remove_backward_hooks() releases it"
+            )
+        for offset, param in enumerate(params):
+            if hooked.pop(param, self) is None and param.is_leaf and param.requires_grad:
+                hook = _StepInBackward(self, index, place + offset)
+                self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+
+    def remove_backward_hooks(self) -> None:
+        """Leave all updates to :meth:`step`, and the parameters to other optimizers."""
+        self.in_backward = False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     @_profile_hook_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -155,9 +377,14 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         grad_scale: Tensor | None = self.__dict__.get("grad_scale")
+        if self.in_backward and grad_scale is not None:
+            raise RuntimeError(
+                "in_backward does not go with GradScaler: backward has updated the parameters "
+                "by gradients that were still scaled"
+            )
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         if not self.defaults["differentiable"]:
-            left = _C.sgd_step(self.param_groups, self.state, grad_scale, found_inf)
+            left = _C.sgd_step(self.param_groups, self.state, grad_scale, found_inf, self._rounding)
         else:
             for group in self.param_groups:
                 _require_finite(group)
@@ -165,6 +392,9 @@ class SGD(torch.optim.SGD):
                 (group, [p for p in group["params"] if p.grad is not None])
                 for group in self.param_groups
             ]
+            for _, params in left:
+                for param in params:
+                    _C.count_fallback("SGD", param.device, "differentiable=True")
         if left and (found_inf is None or not found_inf):
             self._step_by_torch(left, 1.0 if grad_scale is None else float(grad_scale))
         return loss
@@ -183,9 +413,16 @@ class SGD(torch.optim.SGD):
             buffers: list[Tensor | None] = [
                 self.state[p].get("momentum_buffer") if has_momentum else None for p in params
             ]
+            masters = [self._master_of(p) for p in params]
+            if self.master_weights:
+                grads = [g.to(m.dtype) for g, m in zip(grads, masters, strict=True)]
+                buffers = [
+                    None if b is None else b.to(m.dtype)
+                    for b, m in zip(buffers, masters, strict=True)
+                ]
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 sgd(
-                    params,
+                    masters,
                     grads,
                     buffers,
                     has_sparse_grad=any(grad.is_sparse for grad in grads),
@@ -200,10 +437,27 @@ class SGD(torch.optim.SGD):
             if has_momentum:
                 for param, buffer in zip(params, buffers, strict=True):
                     self.state[param]["momentum_buffer"] = buffer
+            for param, master in zip(params, masters, strict=True):
+                if master is not param:
+                    self.state[param]["master_param"] = master
+                    with torch.no_grad():
+                        param.copy_(master)
 
+    def _master_of(self, param: Tensor) -> Tensor:
+        """The float32 weights behind a 16-bit parameter; the parameter itself where it has none."""
+        if not self.master_weights or param.dtype not in (torch.bfloat16, torch.float16):
+            return param
+        with torch.no_grad():
+            master = self.state[param].get("master_param")
+            if master is None:
+                return param.to(torch.float32)
+            unchanged = master.to(param.dtype) == param
+            return torch.where(unchanged, master, param).to(torch.float32)
+
+    @_outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Set every gradient to None, or to zero where ``set_to_none`` is False."""
-        if set_to_none and not is_dynamo_compiling() and not _profiler_enabled():
+        if set_to_none and not _profiler_enabled():
             _C.sgd_zero_grad(self.param_groups)
         else:
-            super().zero_grad(set_to_none)
+            Optimizer.zero_grad(self, set_to_none)  # of torch's SGD too: see _patch.py

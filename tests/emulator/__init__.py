@@ -14,6 +14,7 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
+        self.library.emulator_capture.argtypes = [ctypes.c_uint64]
         self.library.emulator_launch_count.restype = ctypes.c_size_t
         self.library.emulator_launched_kernel.argtypes = [ctypes.c_size_t]
         self.library.emulator_launched_kernel.restype = ctypes.c_char_p
@@ -21,6 +22,13 @@ class Emulator:
     def seed(self, value: int) -> None:
         """Draw the order in which blocks and threads take their turns from here on."""
         self.library.emulator_seed(value)
+
+    @contextmanager
+    def capture(self, graph: int) -> Iterator[None]:
+        """What runs inside sees a stream that is being captured into a graph of this number."""
+        self.library.emulator_capture(graph)
+        yield
+        self.library.emulator_capture(0)
 
     def launch_count(self) -> int:
         """The launches of this process until now."""

@@ -81,16 +81,16 @@ def torch_flags() -> tuple[list[str], list[str]]:
 class Ninja:
     """A build of one binary, described as ninja wants it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, compiler: str = CXX) -> None:
         self.folder = folder
         self.lines = [
             "rule compile",
-            f"  command = {CXX} -MMD -MF $out.d $flags -c $in -o $out",
+            f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
             "  description = compile $in",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {CXX} $in $flags -o $out",
+            f"  command = {compiler} $in $flags -o $out",
             "  description = link $out",
         ]
         self.objects: list[Path] = []

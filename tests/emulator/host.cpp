@@ -18,6 +18,7 @@ namespace {
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local std::string last_fault;  // of this thread's launches
+unsigned long long capture = 0;       // the graph that every stream is captured into; 0: none
 
 cudaError_t remember(cudaError_t error) {
     if (error != cudaSuccess) last_error = error;
@@ -148,9 +149,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-    *status = cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id) {
+    *status = emulator::capture == 0 ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+    *id = emulator::capture;
     return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+    unsigned long long id;
+    return cudaStreamGetCaptureInfo(stream, status, &id);
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
@@ -204,6 +211,10 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 EMULATOR_EXPORT void emulator_seed(std::uint64_t seed) {
     emulator::machine.random.state = seed * 2 + 1;
 }
+
+// Every stream says from here on that it is captured into graph `id`, until 0 ends the capture.
+// What is launched runs at once: there is nothing to replay.
+EMULATOR_EXPORT void emulator_capture(std::uint64_t id) { emulator::capture = id; }
 
 EMULATOR_EXPORT std::size_t emulator_launch_count() { return emulator::machine.launched.size(); }
 

@@ -89,6 +89,21 @@ def sgd(device: str, dtype: torch.dtype) -> None:
                 optimizer.step()
 
 
+def mixed_precision_sgd(device: str) -> None:
+    """With master weights and with stochastic rounding, beside parameters of other dtypes."""
+    rounded: tuple[dict[str, bool], ...] = ({"master_weights": True}, {"stochastic_rounding": True})
+    for count in (4, 100, 1500):
+        sizes = [1, 7, 1026, 70002, *range(count)][:count]
+        for options in rounded:
+            parameters = [torch.randn(n + 1).to(device, torch.bfloat16)[n % 2 :] for n in sizes]
+            parameters.append(torch.randn(33).to(device))
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer = SGD(parameters, lr=0.1, momentum=0.9, **options)
+            for _ in range(2):
+                optimizer.step()
+
+
 def scaled_sgd(device: str) -> None:
     """A step whose gradients are unscaled, and one that is skipped."""
     parameter = torch.randn(1025, device=device, requires_grad=True)
@@ -109,6 +124,7 @@ def run(device: str) -> None:
             cross_entropy(x)
         pointwise_losses(device, dtype)
         sgd(device, dtype)
+    mixed_precision_sgd(device)
     scaled_sgd(device)
 
 

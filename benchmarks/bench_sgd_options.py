@@ -1,0 +1,145 @@
+"""What fusedstep's SGD has beyond torch's: master_weights, stochastic_rounding, in_backward.
+
+The first two are steps on bfloat16 parameters, measured and checked as bench_sgd.py measures and
+checks others. With master weights everyone else does the same by hand: a step on float32 copies,
+gradients cast to them before it and parameters from them after it. With stochastic rounding
+everyone else rounds to nearest, and so does a floor: fusedstep's own step without the option.
+
+in_backward is a whole training step, measured and checked as bench_train_step.py measures and
+checks others, beside fusedstep's with step() and torch's. A step at batch 1 holds little besides
+its gradients, whose peak the option lowers.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+from typer import Option
+
+import bench_sgd
+import bench_train_step
+import cli
+import driver
+import suite
+from bench_sgd import SETS, Optimizer
+from bench_train_step import MODELS
+from suite import OURS, Row, Session, Work
+from timing import buffer_sets
+from training import Implementation, fused, native
+
+OPTIONS = ("master_weights", "stochastic_rounding", "in_backward")
+NEAREST = "to nearest"
+
+
+def on_float32_copies(make: Optimizer, parameters: list[Tensor], **settings: Any) -> SGD:
+    """An SGD of 16-bit `parameters` whose step is that of `make` on float32 copies of them."""
+    masters = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
+    copies: list[Tensor] = [*masters]
+    on_copies, optimizer = make(masters, **settings), SGD(parameters, **settings)
+
+    def step() -> None:
+        for copy, parameter in zip(copies, parameters, strict=True):
+            assert parameter.grad is not None
+            copy.grad = parameter.grad.float()
+        on_copies.step()
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, copies)
+
+    optimizer.step = step  # type: ignore[method-assign, assignment]
+    return optimizer
+
+
+@dataclass(frozen=True)
+class Rounding(bench_sgd.Case):
+    operation: ClassVar = "sgd_options"
+    option: str
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, {self.option}"
+
+    @property
+    def bytes_moved(self) -> int:
+        """With master weights an element's gradient is read and its parameter written in 16 bits;
+        its master weight and momentum are read and written in 32."""
+        return 20 * self.floats if self.option == "master_weights" else super().bytes_moved
+
+    @property
+    def tolerance(self) -> float:
+        """A parameter is its float32 weight, rounded once to nearest; or rounded by every step."""
+        once = 0.51 * torch.finfo(self.torch_dtype).eps
+        return once if self.option == "master_weights" else super().tolerance
+
+    def ours(self, fusedstep: ModuleType) -> Optimizer:
+        return partial(super().ours(fusedstep), **{self.option: True})
+
+    def other(self, name: str) -> Optimizer:
+        make = super().other(name)
+        return partial(on_float32_copies, make) if self.option == "master_weights" else make
+
+    def work(self, session: Session) -> Work:
+        work = super().work(session)
+        if self.option == "master_weights":
+            return work
+        device, dtype = session.device, self.torch_dtype
+        nearest = [
+            self.optimizer(session.fusedstep.SGD, dtype, device).step
+            for _ in range(buffer_sets(self.floats * dtype.itemsize, device))
+        ]
+        return replace(work, floors={**work.floors, NEAREST: nearest})
+
+    def is_replayed(self, ours: Optimizer, device: str) -> bool | None:
+        """None of stochastic rounding, which is refused in a CUDA graph."""
+        return super().is_replayed(ours, device) if self.option == "master_weights" else None
+
+
+def in_backward() -> Implementation:
+    return replace(fused(), optimizer=partial(fused().optimizer, in_backward=True))
+
+
+@dataclass(frozen=True)
+class InBackward(bench_train_step.Case):
+    operation: ClassVar = "in_backward"
+    implementations: ClassVar[Mapping[str, Callable[[], Implementation]]] = {
+        OURS: in_backward,
+        "native": native,
+        "step()": fused,
+    }
+
+    def measured(self, session: Session) -> Row:
+        """Without the share of an update, which is no part of its own here."""
+        return suite.Comparison.measured(self, session)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(cli.BenchmarkOptions):
+    """Time master weights, stochastic rounding and the update in backward."""
+
+    options: Annotated[str, Option(help="Of SGD, comma-separated.")] = ",".join(OPTIONS)
+    sets: Annotated[str, Option(help=f"Parameter sets, of {', '.join(SETS)}.")] = "cifar,resnet18"
+    models: Annotated[str, Option(help=f"Updated in backward, of {', '.join(MODELS)}.")] = (
+        "lenet,resnet18"
+    )
+
+    @property
+    def cases(self) -> list[suite.Case]:
+        cases: list[suite.Case] = []
+        for option in cli.items(self.options, dict.fromkeys(OPTIONS)):
+            if option == "in_backward":
+                models = cli.items(self.models, MODELS)
+                cases += [InBackward(name, 1, "momentum", threads=self.threads) for name in models]
+                continue
+            cases += [
+                Rounding(name, shapes(), "momentum", option, dtype="bfloat16", threads=self.threads)
+                for name, shapes in cli.items(self.sets, SETS).items()
+            ]
+        return cases
+
+
+if __name__ == "__main__":
+    cli.run(Options, driver.main, sys.argv[1:])

@@ -1,0 +1,116 @@
+"""The measured parts of README.md: written from committed results, between two comments.
+
+<!-- measured: PART from benchmarks/results/FILE.json --> begins a part, <!-- end --> ends it.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import cli
+import page
+import report
+import tables
+from report import Table
+from results import Results
+from suite import OURS, Row
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+PART = re.compile(r"(<!-- measured: (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+# The rows that a reader needs; the report has all.
+SHOWN: Mapping[str, Callable[[Row], bool]] = {
+    "cross_entropy": lambda row: True,
+    "pointwise_loss": lambda row: row.case.endswith((", 64x10", ", 64x3x224x224")),
+    "linear_cross_entropy": lambda row: True,
+    "sgd": lambda row: not row.case.startswith("lenet") and "nesterov" not in row.case,
+    "train_step": lambda row: "plain" not in row.case,
+}
+
+
+def rewrite() -> None:
+    README.write_text(rendered(README.read_text()))
+
+
+def rendered(text: str) -> str:
+    """`text` with each part as its results have it."""
+
+    def replaced(part: re.Match[str]) -> str:
+        begin, name, path, end = part.groups()
+        if name not in PARTS:
+            raise cli.Refusal(f"README.md has no part {name!r}, only {', '.join(PARTS)}")
+        return f"{begin}\n{PARTS[name](Results.load(ROOT / path), path)}\n{end}"
+
+    return PART.sub(replaced, text)
+
+
+def source(results: Results, path: str) -> str:
+    where = results.environment
+    device = where["gpu"] or f"{where['cpu']}, {where['capability']}"
+    return (
+        f"Measured on {where['date'][:10]} on one machine ({device}) with torch {where['torch']}, "
+        f"on one CPU thread. All samples and more rows are in [{path}]({path}), made by\n\n"
+        f"```console\n{where['command']}\n```\n"
+    )
+
+
+def overview(results: Results, path: str) -> str:
+    rows = [row for row in results.compared if row.point is None]
+    return page.markdown(tables.overview_table(rows))
+
+
+def slower(results: Results, path: str) -> str:
+    found = tables.losses_table(results.compared)
+    if not found.rows:
+        return f"In none of the {len(results.compared)} rows of {path} is anyone faster.\n"
+    rows = (
+        f"{len(found.rows)} of the comparisons in {path} are lost, within the noise or beyond it:"
+    )
+    return f"{rows}\n\n{page.markdown(found)}"
+
+
+def part(operation: str) -> Callable[[Results, str], str]:
+    def write(results: Results, path: str) -> str:
+        rows = [row for row in results.of(operation) if SHOWN[operation](row)]
+        if not rows:
+            raise cli.Refusal(f"{path} has no rows of {operation} for README.md")
+        return page.markdown(table(rows)) + f"\n<sub>`{operation}` in [{path}]({path})</sub>\n"
+
+    return write
+
+
+def table(rows: Sequence[Row]) -> Table:
+    columns: dict[str, Callable[[Row], str]] = {
+        "": tables.name_of,
+        "torch's default": lambda row: report.seconds(row.time(row.native).median),
+        "best other": best_other,
+        OURS: lambda row: report.seconds(row.time(OURS).median),
+        "torch / fusedstep": lambda row: report.factor(row.speedup.median),
+        "floor": lambda row: (
+            f"{report.seconds(row.time(row.floor).median)}, {row.floor}" if row.floor else "–"
+        ),
+        "share of the floor": lambda row: f"{row.share.median:.0%}" if row.share else "–",
+    }
+    mean = statistics.geometric_mean(row.speedup.median for row in rows)
+    found = Table.of("", columns, rows)
+    last = ["geometric mean", "", "", "", report.factor(mean), "", ""]
+    return Table("", found.header, [*found.rows, last])
+
+
+def best_other(row: Row) -> str:
+    name = row.best_other
+    if name is None or name == row.native:
+        return "–"
+    return f"{report.seconds(row.time(name).median)}, {tables.label(name)}"
+
+
+PARTS: Mapping[str, Callable[[Results, str], str]] = {
+    "source": source,
+    "overview": overview,
+    "slower": slower,
+    **{operation: part(operation) for operation in SHOWN},
+}

@@ -1,0 +1,175 @@
+"""Lets torch's own names mean ours.
+
+What is replaced are the functions of :mod:`torch.nn.functional`, which the modules of
+:mod:`torch.nn` call, and the methods of :class:`torch.optim.SGD`. Classes stay torch's: objects
+made before, while and after they are patched are of one class, and so are their pickles.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.spawn
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedstep import functional, optim
+
+__all__ = ["patch", "patched", "replaced", "unpatch"]
+
+
+class _Replacement(NamedTuple):
+    owner: Any
+    owner_name: str
+    name: str
+    ours: Any
+
+
+_MISSING = object()
+
+in_spawned: list[Callable[[], None]] = []  # called where multiprocessing spawns a process
+
+
+class _PatchedProcess:
+    """Patches the process in which it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _start_process, tuple(in_spawned)
+
+
+def _start_process(*calls: Callable[[], None]) -> None:
+    patch()
+    in_spawned.extend(calls)
+    for call in calls:
+        call()
+
+
+_get_preparation_data = multiprocessing.spawn.get_preparation_data
+
+
+def _patched_preparation_data(name: str) -> dict[str, Any]:
+    """What a process that is spawned hears first: be patched too, as one that is forked is."""
+    return {**_get_preparation_data(name), "fusedstep": _PatchedProcess()}
+
+
+_REPLACEMENTS = [
+    *(
+        _Replacement(torch.nn.functional, "torch.nn.functional", name, stand_in)
+        for name, stand_in in functional.stand_ins.items()
+    ),
+    *(
+        _Replacement(torch.optim.SGD, "torch.optim.SGD", name, vars(optim.SGD)[name])
+        for name in ("step", "zero_grad", "_step_by_torch", "_step_supports_amp_scaling")
+    ),
+    _Replacement(
+        multiprocessing.spawn,
+        "multiprocessing.spawn",
+        "get_preparation_data",
+        _patched_preparation_data,
+    ),
+]
+
+_lock = threading.Lock()  # over what follows
+_on = False  # patch() without unpatch()
+_blocks = 0  # patched() entered and not left
+_before: list[Any] | None = None  # what the replacements replaced, while they do
+
+
+def replaced() -> tuple[str, ...]:
+    """The public names of torch that mean ours at the moment."""
+    if _before is None:
+        return ()
+    return tuple(
+        f"{owner_name}.{name}"
+        for owner, owner_name, name, ours in _REPLACEMENTS
+        if owner_name.startswith("torch.")
+        and not name.startswith("_")
+        and vars(owner).get(name) is ours
+    )
+
+
+def _update() -> None:
+    """Replace, or put back, as `_on` and `_blocks` say; under the lock."""
+    global _before
+    wanted = _on or _blocks > 0
+    if wanted and _before is None:
+        _prepare_torch()
+        _before = [vars(r.owner).get(r.name, _MISSING) for r in _REPLACEMENTS]
+        for owner, _, name, ours in _REPLACEMENTS:
+            setattr(owner, name, ours)
+    elif not wanted and _before is not None:
+        for (owner, _, name, ours), before in zip(_REPLACEMENTS, _before, strict=True):
+            if vars(owner).get(name) is not ours:
+                continue  # replaced since by somebody else, who may call ours
+            if before is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        _before = None
+
+
+def _prepare_torch() -> None:
+    """Let torch do what it does once, and what must not be done with ours in the place of its own.
+
+    The first optimizer of a class has its ``step`` wrapped, for hooks; and the first one of all
+    loads torch's compiler, which makes a table of torch's functions.
+    """
+    torch.optim.SGD([torch.empty(0, device="cpu")])
+
+
+def patch() -> None:
+    """Let torch's own names mean ours, until :func:`unpatch`.
+
+    From then on :func:`torch.nn.functional.cross_entropy`, ``l1_loss``, ``mse_loss``,
+    ``smooth_l1_loss``, ``huber_loss`` and ``binary_cross_entropy_with_logits`` are those of
+    :mod:`fusedstep.functional`, and so :class:`torch.nn.CrossEntropyLoss` and the other modules,
+    which call them, compute what :mod:`fusedstep.nn` does; and every :class:`torch.optim.SGD` steps
+    as :class:`fusedstep.SGD` does. The classes stay torch's own, so that this holds for objects and
+    subclasses made earlier and for classes imported earlier, ``isinstance`` tells what it told, and
+    a pickle or a checkpoint is loaded where fusedstep is not installed.
+
+    Two things taken from torch earlier stay torch's own: a function imported by name
+    (``from torch.nn.functional import cross_entropy``), and the ``step`` of an optimizer to which
+    an LR scheduler was attached. Taken while patched they stay ours.
+
+    Calling it again changes nothing. It holds for all threads, for processes that are forked, and
+    for those that :mod:`multiprocessing` spawns. Code that ``torch.compile`` has compiled stays
+    what it was when it was compiled, and ``torch.jit.script`` compiles torch's own functions.
+    """
+    global _on
+    with _lock:
+        _on = True
+        _update()
+
+
+def unpatch() -> None:
+    """Let torch's names mean what they did before :func:`patch`.
+
+    Inside a :func:`patched` block they do at the end of the block. Without :func:`patch` before,
+    it does nothing.
+    """
+    global _on
+    with _lock:
+        _on = False
+        _update()
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Do what :func:`patch` does, inside a ``with`` block or, as ``@patched()``, a function.
+
+    Blocks nest, and may overlap in several threads: torch's names mean ours, in every thread, until
+    the last block is left.
+    """
+    global _blocks
+    with _lock:
+        _blocks += 1
+        _update()
+    try:
+        yield
+    finally:
+        with _lock:
+            _blocks -= 1
+            _update()

@@ -1,0 +1,80 @@
+"""``python -m fusedstep run``: an unchanged script with torch's names patched."""
+
+from __future__ import annotations
+
+import io
+import os
+import pkgutil
+import runpy
+import sys
+from importlib.machinery import SourceFileLoader
+from types import ModuleType, TracebackType
+
+from fusedstep import _patch, _stats
+
+__all__ = ["run"]
+
+_FRAMES_BEFORE_THE_SCRIPT = {
+    __file__,
+    os.path.join(os.path.dirname(__file__), "__main__.py"),
+    runpy.__file__,
+    "<frozen runpy>",
+}
+
+
+_PATH_BEGINS_WITH_SCRIPT = not getattr(sys.flags, "safe_path", False)  # python 3.11's -P
+
+
+def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool) -> None:
+    """Do what ``python target arguments...`` does, or ``python -m``, while torch is patched.
+
+    Args:
+        target: A script, a directory or a zip file with a ``__main__.py``; or a module's name.
+        arguments: What ``sys.argv`` holds after the script.
+        is_module: Whether ``target`` is a module's name.
+        with_stats: Print :func:`fusedstep.stats` to stderr when the process exits. So do the
+            processes that multiprocessing starts, if they have something to tell.
+    """
+    _patch.patch()
+    if with_stats:
+        _stats.print_at_exit()
+        _patch.in_spawned.append(_stats.print_at_exit_of_child)
+    sys.excepthook = _show_exception
+    sys.argv = [target, *arguments]
+    if is_module:
+        runpy.run_module(target, run_name="__main__", alter_sys=True)
+        return
+    if _PATH_BEGINS_WITH_SCRIPT:
+        del sys.path[0]  # the working directory, which `python -m` puts there
+    if pkgutil.get_importer(target) is None:
+        _run_script(target)
+    else:
+        runpy.run_path(os.path.abspath(target), run_name="__main__")
+
+
+def _run_script(script: str) -> None:
+    """Run a file as the module ``__main__``, which it stays until the process exits."""
+    path = os.path.abspath(script)
+    try:
+        with io.open_code(path) as file:
+            source = file.read()
+    except OSError as error:
+        why = f"[Errno {error.errno}] {error.strerror}"
+        print(f"{sys.orig_argv[0]}: can't open file {path!r}: {why}", file=sys.stderr)
+        sys.exit(2)
+    if _PATH_BEGINS_WITH_SCRIPT:
+        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+    main = ModuleType("__main__")
+    main.__file__ = path
+    main.__loader__ = SourceFileLoader("__main__", path)
+    sys.modules["__main__"] = main
+    exec(compile(source, path, "exec", dont_inherit=True), vars(main))
+
+
+def _show_exception(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Show a traceback as python does: it begins in the script."""
+    while traceback and traceback.tb_frame.f_code.co_filename in _FRAMES_BEFORE_THE_SCRIPT:
+        traceback = traceback.tb_next
+    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)

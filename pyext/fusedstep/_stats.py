@@ -1,0 +1,135 @@
+"""What was replaced, how often each kernel ran, and what was left to torch and why."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.util import Finalize, register_after_fork
+
+from fusedstep import _C, _patch, functional
+
+__all__ = ["Calls", "Stats", "reset_stats", "stats"]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The calls of one operator on one kind of device.
+
+    Attributes:
+        operator: Its name in :mod:`torch.nn.functional` (``smooth_l1_loss`` with a ``beta`` of 0
+            is ``l1_loss``); or ``"SGD"``, a call of which is the update of one parameter.
+        device: Such as ``"cpu"`` or ``"cuda"``.
+        fused: How many our kernels computed.
+        fallbacks: How many were left to torch's own operator, by reason.
+    """
+
+    operator: str
+    device: str
+    fused: int
+    fallbacks: Mapping[str, int]
+
+    @property
+    def fell_back(self) -> int:
+        """How many were left to torch's own operator."""
+        return sum(self.fallbacks.values())
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A summary; ``print()`` shows it as a table.
+
+    Attributes:
+        calls: Those of every operator on every kind of device where it was called.
+        replaced: The names of torch that mean ours at the moment.
+    """
+
+    calls: tuple[Calls, ...]
+    replaced: tuple[str, ...]
+
+    def __getitem__(self, operator: str) -> Calls:
+        """The calls of an operator, on all devices together.
+
+        Raises:
+            KeyError: There is no such operator.
+        """
+        if operator not in {*functional.stand_ins, "SGD"}:
+            raise KeyError(operator)
+        ours = [c for c in self.calls if c.operator == operator]
+        fallbacks: dict[str, int] = {}
+        for calls in ours:
+            for reason, times in calls.fallbacks.items():
+                fallbacks[reason] = fallbacks.get(reason, 0) + times
+        devices = ", ".join(c.device for c in ours)
+        return Calls(operator, devices, sum(c.fused for c in ours), fallbacks)
+
+    @property
+    def fused(self) -> int:
+        """How many calls our kernels computed."""
+        return sum(c.fused for c in self.calls)
+
+    @property
+    def fell_back(self) -> int:
+        """How many calls were left to torch's own operators."""
+        return sum(c.fell_back for c in self.calls)
+
+    def __str__(self) -> str:
+        rows = [("operator", "device", "fused", "torch's", "why")]
+        for calls in self.calls:
+            reasons = sorted(calls.fallbacks.items(), key=lambda item: -item[1])
+            first, *more = [(str(n), reason) for reason, n in reasons] or [("0", "")]
+            rows.append((calls.operator, calls.device, str(calls.fused), *first))
+            rows += [("", "", "", *line) for line in more]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for operator, device, fused, left, why in rows:
+            line = (
+                f"{operator:{widths[0]}}  {device:{widths[1]}}  {fused:>{widths[2]}}  "
+                f"{left:>{widths[3]}}  {why}"
+            )
+            lines.append(line.rstrip())
+        replaced = ", ".join(self.replaced) or "nothing"
+        return "\n".join([*lines, f"patched: {replaced}"])
+
+
+def stats() -> Stats:
+    """What was replaced, and what the calls of this process became since the last reset.
+
+    The kernels count where they run, be it called by Python, by :class:`torch.optim.SGD` while it
+    is patched, or by a program that ``torch.compile`` has made. What falls back is counted, with
+    the reason, where that is decided: in a compiled program each time it is traced, not when it
+    runs. Not counted is what never reaches us: a call that raises an error, ``torch.optim.SGD``
+    inside a compiled program, which is torch's own, and other processes.
+    """
+    calls = tuple(Calls(*counts) for counts in _C.call_counts())
+    return Stats(calls, _patch.replaced())
+
+
+def reset_stats() -> None:
+    """Count from zero again."""
+    _C.reset_call_counts()
+
+
+def print_at_exit() -> None:
+    """Print the summary to stderr when this process exits, and when its children do."""
+    atexit.register(_print)
+    register_after_fork(_print, lambda _: _begin_child())
+
+
+def print_at_exit_of_child() -> None:
+    """Print the summary when this process, which multiprocessing has spawned, ends."""
+    # What is begun here, "forkserver" drops and begins anew; "spawn" does not.
+    register_after_fork(_print, lambda _: _begin_child())
+    _begin_child()
+
+
+def _begin_child() -> None:
+    reset_stats()  # a fork has its parent's counts
+    Finalize(None, _print, kwargs={"even_if_empty": False}, exitpriority=0)
+
+
+def _print(even_if_empty: bool = True) -> None:
+    summary = stats()
+    if summary.calls or even_if_empty:
+        print(summary, file=sys.stderr)

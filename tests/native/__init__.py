@@ -1,0 +1,1 @@
+"""Checks of the kernels without Python and torch: see README.md."""
