@@ -486,7 +486,9 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
 
     double const scale = a.reduction == Reduction::mean ? mean_scale<A>(a, shared) : 1.0;
     A const upstream = static_cast<A>(scale);
-    bool const changes_terms = args.gamma != 0 || args.z_loss != 0;
+    // Focal loss has no dense part.
+    double const gamma = kDense ? 0.0 : args.gamma;
+    bool const changes_terms = gamma != 0 || args.z_loss != 0;
     double loss_sum = 0;
     std::int64_t first_fault = kNoFault;
 
@@ -598,18 +600,16 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
 
         A const exp_sum = sums.value[0];
         RowTerms<A> terms{A{}, truth.u + sums.target_sum(), truth.u};
-        A lse{};
         // Everyone needs the terms where they are others than cross-entropy's.
         if (truth.live && (member == 0 || changes_terms)) {
             A const log_sum = natural_log(exp_sum);
             A const shifted_y =
                 truth.index >= 0 ? to_acc(x[truth.index * args.logits_class_stride]) - m : A{};
-            lse = truth.fault ? truth.u : m + log_sum;
             terms.loss = row_loss(terms.softmax, log_sum, sums.target_dot() + truth.u * shifted_y);
             if (changes_terms && !truth.fault) {
                 A const weight = truth.index >= 0 ? class_weight<A>(args, truth.index) : A{1};
                 RowSums<A> const of{m, exp_sum, log_sum, shifted_y, weight};
-                change_terms<RowMath<T>>(terms, of, static_cast<A>(args.gamma),
+                change_terms<RowMath<T>>(terms, of, static_cast<A>(gamma),
                                          static_cast<A>(args.z_loss));
                 truth.u = terms.truth;
             }
@@ -623,7 +623,10 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
                 stats[1] = truth.live ? softmax : A{};
                 stats[2] = truth.u;
             }
-            if (args.row_lse) static_cast<A*>(args.row_lse)[row] = lse;
+            if (args.row_lse) {
+                A const lse = truth.fault ? truth.u : m + natural_log(exp_sum);
+                static_cast<A*>(args.row_lse)[row] = truth.live ? lse : A{};
+            }
             loss_sum += terms.loss;
             if (truth.fault && first_fault == kNoFault) first_fault = row;
         }

@@ -11,7 +11,6 @@ using fusedstep::cross_entropy::kMaxRowDims;
 using fusedstep::cross_entropy::TargetKind;
 using fusedstep::cross_entropy::TargetScan;
 
-constexpr std::int64_t kRowStats = 2;  // numbers of a row in Args::row_stats
 
 // One row: u_c, and what it is made of in absolute values; x_c - m; exp(x_c - m).
 struct Row {
