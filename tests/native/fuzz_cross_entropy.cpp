@@ -11,7 +11,6 @@ using fusedstep::cross_entropy::kMaxRowDims;
 using fusedstep::cross_entropy::TargetKind;
 using fusedstep::cross_entropy::TargetScan;
 
-
 // One row: u_c, and what it is made of in absolute values; x_c - m; exp(x_c - m).
 struct Row {
     std::vector<Real> u, u_size, shifted, e;
