@@ -8,6 +8,7 @@ namespace {
 using fusedstep::cross_entropy::Args;
 using fusedstep::cross_entropy::CpuKernels;
 using fusedstep::cross_entropy::kMaxRowDims;
+using fusedstep::cross_entropy::kRowStats;
 using fusedstep::cross_entropy::TargetKind;
 using fusedstep::cross_entropy::TargetScan;
 
