@@ -13,12 +13,12 @@ from pathlib import Path
 from native import budget, build
 
 
-def sanitize(seconds: float) -> None:
+def sanitize(seconds: float, given_seed: int | None) -> None:
     """Random contracts under g++'s sanitizers, for so long each: once in order, once in threads."""
     for flavour, level in ((build.ADDRESS, None), (build.THREAD, "default")):
         for target in build.TARGETS:
             program = build.build_target(target, flavour)
-            seed = str(random.randrange(2**32))
+            seed = str(random.randrange(2**32) if given_seed is None else given_seed)
             environment = dict(os.environ)
             if level:
                 environment["ATEN_CPU_CAPABILITY"] = level
@@ -71,6 +71,8 @@ def main() -> None:
     for name, seconds in (("sanitize", 8.0), ("memcheck", 20.0), ("fuzz", 900.0)):
         command = commands.add_parser(name)
         command.add_argument("--seconds", type=float, default=seconds, help="for each target")
+        if name == "sanitize":
+            command.add_argument("--seed", type=int, help="of every target; by default a new one")
     command.add_argument("--corpus", type=Path, default=build.OUT / "corpus")
     command.add_argument("targets", nargs="*", default=build.FUZZED)
     budgets = commands.add_parser("budget")
@@ -78,7 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.command == "sanitize":
-            sanitize(arguments.seconds)
+            sanitize(arguments.seconds, arguments.seed)
         elif arguments.command == "memcheck":
             memcheck(arguments.seconds)
         elif arguments.command == "fuzz":
