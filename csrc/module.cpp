@@ -14,9 +14,8 @@ namespace py = pybind11;
 
 namespace {
 
-using fusedstep::sgd::Rounding;
-
 using fusedstep::cross_entropy::check_targets;
+using fusedstep::sgd::Rounding;
 
 // A torch.Tensor or Parameter itself: a subclass may mean something else by its operations.
 const at::Tensor* plain_tensor(py::handle object) {

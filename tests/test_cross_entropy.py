@@ -1543,6 +1543,8 @@ def test_operators_refuse_tensors_that_do_not_fit() -> None:
         forward(x, y[:4], None, *rest)
     with pytest.raises(RuntimeError, match="weight must have"):
         forward(x, y, torch.ones(6), *rest)
+    with pytest.raises(RuntimeError, match="have no classes"):
+        forward(x[:, :0], y, None, *rest)
     _, _, stats, _ = forward(x, y, None, *rest)
     for grad_output, wrong in ((torch.ones(4), stats), (torch.ones(()), stats[:-1])):
         with pytest.raises(RuntimeError, match="do not belong"):

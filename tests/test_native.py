@@ -33,6 +33,7 @@ FAULTS = {
     "wrong_beside_an_overflow": "FAILED: a wrong number",
     "zero_for_small": "FAILED: a wrong number",
     "wrong_sign_of_infinity": "FAILED: a wrong number",
+    "wrong_sign_behind_infinity": "FAILED: a wrong number",
 }
 # Without a sanitizer: accesses it cannot see, as those of masked instructions, meet the pages.
 UNSEEN = {

@@ -260,9 +260,11 @@ struct KernelArgs {
         }
         if (layout.dims == 0) layout.set(layout.dims++, 1, 0, 0, 0);
 
-        args.classes = logits.size(classes_at);
-        args.rows = logits.numel() / args.classes;
         // The operators can be called without what cross_entropy() checks first.
+        args.classes = logits.size(classes_at);
+        TORCH_CHECK(args.classes > 0, "cross_entropy: logits of shape ", logits.sizes(),
+                    " have no classes");
+        args.rows = logits.numel() / args.classes;
         TORCH_CHECK(probabilities ? target.sizes() == logits.sizes() : target.numel() == args.rows,
                     "cross_entropy: target of shape ", target.sizes(),
                     " does not fit logits of shape ", logits.sizes());
@@ -307,7 +309,8 @@ struct KernelArgs {
     Outputs make_outputs(const Tensor& logits, Reduction reduction, at::ScalarType loss_dtype,
                          bool with_stats, bool with_lse) {
         bool const per_row = reduction == Reduction::none;
-        auto const rows_shape = index_shape(logits);
+        c10::SymDimVector rows_shape;
+        if (per_row || with_lse) rows_shape = index_shape(logits);
         at::IntArrayRef const shape = C10_AS_INTARRAYREF_SLOW(rows_shape);
         at::ScalarType const type = accumulate_type(logits.scalar_type());
         auto const wide = logits.options().dtype(type);
@@ -739,8 +742,8 @@ Covered<LossAndLse> fused_where_covered(const Tensor& logits, const Tensor& targ
 LossAndLse fused_or_composed(const Tensor& logits, const Tensor& target,
                              const OptionalTensor& weight, const Options& options,
                              bool with_lse = false) {
-    auto const result = fused_where_covered(logits, target, weight, options, with_lse);
-    if (result) return *result;
+    auto result = fused_where_covered(logits, target, weight, options, with_lse);
+    if (result) return *std::move(result);
     calls_of(options.gamma, with_lse).fell_back(logits.device(), result.why_not());
     auto [loss, lse] = composed(logits, target, weight, options);
     if (is_narrow(logits.scalar_type()) && !in_autocast(logits) &&
@@ -804,9 +807,9 @@ Tensor focal_loss_op(const Tensor& logits, const Tensor& target, double gamma,
 OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target,
                              const OptionalTensor& weight, std::int64_t reduction,
                              std::int64_t ignore_index, double label_smoothing) {
-    auto const result =
+    auto result =
         fused_where_covered(logits, target, weight, {reduction, ignore_index, label_smoothing});
-    if (result) return result->loss;
+    if (result) return (*std::move(result)).loss;
     cross_entropy_calls.fell_back(logits.device(), result.why_not());
     return std::nullopt;
 }
@@ -816,18 +819,20 @@ OptionalTensor cross_entropy(const Tensor& logits, const Tensor& target,
 std::optional<std::tuple<Tensor, Tensor>> cross_entropy_with_lse(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
     std::int64_t reduction, std::int64_t ignore_index, double label_smoothing, double z_loss) {
-    auto const result = fused_where_covered(
+    auto result = fused_where_covered(
         logits, target, weight, with_lse_options(reduction, ignore_index, label_smoothing, z_loss),
         /*with_lse=*/true);
     if (!result) return std::nullopt;
-    return std::tuple(result->loss, result->lse);
+    auto [loss, lse] = *std::move(result);
+    return std::tuple(std::move(loss), std::move(lse));
 }
 
 OptionalTensor focal_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                           std::int64_t reduction, std::int64_t ignore_index, double gamma) {
-    auto const result = fused_where_covered(logits, target, weight,
-                                            focal_options(target, reduction, ignore_index, gamma));
-    return result ? OptionalTensor(result->loss) : std::nullopt;
+    auto result = fused_where_covered(logits, target, weight,
+                                      focal_options(target, reduction, ignore_index, gamma));
+    if (!result) return std::nullopt;
+    return (*std::move(result)).loss;
 }
 
 void check_targets([[maybe_unused]] c10::Device device) {

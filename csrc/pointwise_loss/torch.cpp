@@ -40,8 +40,8 @@
 #include "torch_glue/gradient_memory.h"
 #include "torch_glue/loss.h"
 #include "torch_glue/node.h"
-#include "torch_glue/traceable_node.h"
 #include "torch_glue/plain.h"
+#include "torch_glue/traceable_node.h"
 #if defined(FUSEDSTEP_CUDA)
 #include "pointwise_loss/cuda_entry.h"
 #endif

@@ -32,7 +32,8 @@ public:
     Covered(NotCovered no) : reason_(no.reason) {}
 
     explicit operator bool() const { return value_.has_value(); }
-    const T& operator*() const { return *value_; }
+    const T& operator*() const& { return *value_; }
+    T&& operator*() && { return *std::move(value_); }
     const T* operator->() const { return &*value_; }
     NotCovered why_not() const { return {reason_}; }
 

@@ -61,6 +61,10 @@ void run(std::string_view fault) {
     if (fault == "nan_for_finite") expect(is_close(std::nan(""), {1, 1}, f32, f32));
     if (fault == "wrong_beside_an_overflow") expect(is_close(2, {1, 1, 0, 1e39}, f32, f32));
     if (fault == "zero_for_small") expect(is_close(0, {1e-30, 1e-30}, f32, f32));
+    expect(is_close(-inf, times({1e-9, 1}, inf, f32), f32, f32));
+    if (fault == "wrong_sign_behind_infinity") {
+        expect(is_close(-inf, times({1, 1}, inf, f32), f32, f32));
+    }
     if (fault == "wrong_sign_of_infinity") expect(is_close(-inf, {inf, 1}, f32, f32));
 
     // Chunks add to one number; with a fault, without taking turns.

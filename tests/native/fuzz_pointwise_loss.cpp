@@ -133,13 +133,8 @@ Case::Case(Choices& choices_) : choices(choices_) {
         Real const parameter = pos_weight ? (*pos_weight)[i] : rounded(computed, args.parameter);
         Point p = point(args.kind, computed, (*input)[i], (*target)[i], parameter);
         if (weight) {
-            Real const w = (*weight)[i];
-            for (Expected* e : {&p.loss, &p.derivative}) {
-                e->largest = std::max({e->largest, e->magnitude, absolute(w)});
-                e->value *= w;
-                e->magnitude *= absolute(w);
-                e->absolute = (1 + e->absolute) * absolute(w);
-            }
+            p.loss = times(p.loss, (*weight)[i], computed);
+            p.derivative = times(p.derivative, (*weight)[i], computed);
         }
         expected.push_back(p);
     }
@@ -162,12 +157,8 @@ void Case::check_grad(const std::vector<std::uint8_t>& before, bool backward) co
     Real const factor = args.kind == Kind::mse ? 2 : 1;
     for (std::int64_t i = 0; i < numel; ++i) {
         Real const upstream = (backward ? (*grad_output)[i] : 1) * scale / factor;
-        Expected e = expected[static_cast<std::size_t>(i)].derivative;
-        e.largest = std::max({e.largest, e.magnitude, absolute(upstream)});
-        e.value *= upstream;
-        e.magnitude *= absolute(upstream);
-        // A scale that underflows meets the derivative.
-        e.absolute = (1 + e.absolute) * absolute(upstream) + e.largest;
+        Expected e = times(expected[static_cast<std::size_t>(i)].derivative, upstream, computed);
+        e.absolute += e.largest;  // a scale that underflows meets the derivative
         if (!is_close((*grad)[i], e, computed, dtype)) {
             wrong(backward ? "backward's gradient" : "gradient", i, (*grad)[i], e);
         }

@@ -426,7 +426,29 @@ struct Expected {
     Real magnitude;     // what they are relative to: the sum of the absolute values of its terms
     Real absolute = 0;  // in units of the smallest normal number: of what underflows on the way
     Real largest = 0;   // what must not overflow on the way
+    bool any_sign = false;  // of an infinity
 };
+
+inline Real rounding_errors(const Expected& e, const Precision& c) {
+    constexpr Real kRoundings = 64;
+    return kRoundings * c.epsilon * e.magnitude + 4 * c.smallest_normal * (1 + e.absolute);
+}
+
+// A value that is within its rounding errors of 0, or overflowed on the way, may have either sign.
+inline bool sign_is_open(const Expected& e, DType computed) {
+    Precision const c = precision(computed);
+    return !(std::max(e.largest, e.magnitude) < c.largest / 8) ||
+           std::fabs(e.value) <= rounding_errors(e, c);
+}
+
+inline Expected times(Expected e, Real factor, DType computed) {
+    e.any_sign |= std::isinf(factor) && sign_is_open(e, computed);
+    e.largest = std::max({e.largest, e.magnitude, std::fabs(factor)});
+    e.value *= factor;
+    e.magnitude *= std::fabs(factor);
+    e.absolute = (1 + e.absolute) * std::fabs(factor);
+    return e;
+}
 
 // Whether `got`, computed in one type and stored in another, is the value: within some rounding
 // errors and not more, infinite or NaN where it has to be or where something overflowed on the way.
@@ -438,19 +460,15 @@ inline bool is_close(Real got, const Expected& expected, DType computed, DType s
     if (got < 0) negative = 1;
     return true;
 #endif
-    constexpr Real kRoundings = 64;
     Precision const c = precision(computed), s = precision(stored);
-    Real const error = kRoundings * c.epsilon * expected.magnitude +
-                       4 * c.smallest_normal * (1 + expected.absolute);
+    Real const error = rounding_errors(expected, c);
     bool const may_overflow = !(std::max(expected.largest, expected.magnitude) < c.largest / 8) ||
                               !(std::fabs(expected.value) + error < s.largest);
     bool const is_nan = std::isnan(got), is_infinite = std::isinf(got);
     if (std::isnan(expected.value)) return is_nan || (may_overflow && is_infinite);
     if (std::isinf(expected.value)) {
-        // Behind an infinite factor nothing is left but the sign of what may be within its rounding
-        // of 0.
-        bool const any_sign = std::isinf(expected.magnitude) && is_infinite;
-        return got == expected.value || (may_overflow && is_nan) || any_sign;
+        return got == expected.value || (may_overflow && is_nan) ||
+               (expected.any_sign && is_infinite);
     }
     if (is_nan || is_infinite) return may_overflow;
     Real const stored_error =
