@@ -164,8 +164,14 @@ class Case(suite.Comparison):
         inputs = inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
         return model, inputs, labels.to(device)
 
+    def wrapped(self, model: nn.Module) -> nn.Module:
+        """What is trained of a network."""
+        return model
+
     def trainer(self, name: str, model: nn.Module) -> Trainer:
-        return Trainer(self.implementations[name](), model, lr=LR, momentum=MOMENTA[self.mode])
+        return Trainer(
+            self.implementations[name](), self.wrapped(model), lr=LR, momentum=MOMENTA[self.mode]
+        )
 
     def work(self, session: Session) -> Work:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # the default: 10 bits
@@ -184,7 +190,7 @@ class Case(suite.Comparison):
         return Work(
             "native",
             {name: partial(step, name) for name in self.implementations},
-            {NETWORK_ALONE: [network_alone(copy.deepcopy(model), inputs)]},
+            {NETWORK_ALONE: [network_alone(self.wrapped(copy.deepcopy(model)), inputs)]},
             release=release,
         )
 

@@ -18,7 +18,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -30,9 +30,11 @@ import bench_cross_entropy
 import bench_sgd
 import cli
 import driver
+import goals
 import peers
 import report
 from bench_cross_entropy import DTYPES
+from goals import Goal, Verdict
 from report import Table
 from results import Results
 from suite import LARGE_COPY, OURS, Case, Row
@@ -112,34 +114,7 @@ def kind(row: Row) -> str:
     return "CNN" if not positions and batch <= 4096 and classes <= 1000 else "other"
 
 
-# The design goals, set for cards of compute capability 9.0
-
-
-@dataclass(frozen=True)
-class Goal:
-    text: str
-    figure: Callable[[Row], float | None]
-    """Of a row, or None where it does not concern the goal or was not measured."""
-    bound: float
-    at_most: bool = False
-
-    def verdict(self, rows: Sequence[Row]) -> "Verdict":
-        figures = [(self.figure(row), f"{row.case}, {row.dtype}") for row in rows]
-        known = [(value, case) for value, case in figures if value is not None]
-        if not known:
-            return Verdict(self.text, self.bound, None, "not measured", None)
-        worst, case = (max if self.at_most else min)(known)
-        met = worst <= self.bound if self.at_most else worst >= self.bound
-        return Verdict(self.text, self.bound, worst, case, met)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    goal: str
-    bound: float
-    worst: float | None
-    case: str
-    met: bool | None
+# The goals, set for cards of compute capability 9.0
 
 
 def share(kinds: Sequence[str], row: Row) -> float | None:
@@ -230,13 +205,6 @@ LOSS_COLUMNS: Columns = {
     "\nnative": partial(peak, "native"),
 }
 STEP_COLUMNS: Columns = columns(list(peers.OPTIMIZERS), ["fusedstep"])
-VERDICT_COLUMNS: Mapping[str, Callable[[Verdict], str]] = {
-    "goal": lambda verdict: verdict.goal,
-    "bound": lambda verdict: f"{verdict.bound:g}",
-    "worst": lambda verdict: "–" if verdict.worst is None else report.factor(verdict.worst),
-    "at": lambda verdict: verdict.case,
-    "verdict": lambda verdict: {None: "–", True: "met", False: "missed"}[verdict.met],
-}
 
 
 def show(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
@@ -256,7 +224,7 @@ def show(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> None:
         shown = [row for row in rows if row.operation == operation]
         if shown:
             report.show(Table.of(title, table, shown))
-    report.show(Table.of("Goals, set for compute capability 9.0", VERDICT_COLUMNS, verdicts))
+    report.show(goals.table("Goals, set for compute capability 9.0", verdicts))
 
 
 def verdicts(results: Results) -> list[Verdict]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import figures
+import goals
 import report
 import tables
 from figures import Plot
@@ -96,6 +97,7 @@ def page(results: Results) -> Page:
             plots=[figures.overview(main)] if main else [],
             tables=[tables.overview_table(main)],
         ),
+        *goals_of(results),
         Section("How to read this", METHOD),
     ]
     for name, operation in tables.OPERATIONS.items():
@@ -140,6 +142,20 @@ def slower(rows: Sequence[Row]) -> Section:
         "included, another implementation has the lower time. They are all here, the worst first."
     )
     return Section(table.title, [text], tables=[table])
+
+
+GOALS = (
+    "What was aimed at on one CPU thread, and what this run has. A goal for several rows is judged "
+    "by the worst of them. “At the floor” stands what one would have who takes exactly as long as "
+    "each row's floor in this run: a bound beyond that asks for more than the floor allows."
+)
+
+
+def goals_of(results: Results) -> list[Section]:
+    verdicts = [goal.verdict(results.rows) for goal in goals.ON_CPU]
+    if results.environment["gpu"] or all(verdict.met is None for verdict in verdicts):
+        return []
+    return [Section("Goals", [GOALS], tables=[goals.table("Goals", verdicts)])]
 
 
 def details(name: str, operation: tables.Operation, rows: Sequence[Row]) -> Section:

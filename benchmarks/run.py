@@ -6,7 +6,9 @@ already, --compare adds what has changed since others, --readme writes the READM
 committed results.
 """
 
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from typer import Option
 
 import bench_bandwidth
 import bench_cross_entropy
+import bench_data_parallel
 import bench_linear_cross_entropy
 import bench_pointwise_loss
 import bench_scaling
@@ -41,9 +44,12 @@ OPERATIONS = (
     "sgd",
     "sgd_options",
     "train_step",
+    "data_parallel",
     "scaling",
     "threads",
 )
+QUICK_MINUTES = 15.0
+COMPILING, BEGINNING = 0.5, 0.9  # of these; the rest is for cases that have begun, and the report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,13 @@ class Options(cli.BenchmarkOptions):
     against: Annotated[
         str | None, Option(help="Compared implementations.", show_default="all there are")
     ] = None
+    minutes: Annotated[
+        float | None,
+        Option(
+            help="End within so many: compile in the first half, leave out what is not begun.",
+            show_default=f"{QUICK_MINUTES:g} with --quick, else no limit",
+        ),
+    ] = None
     json: Annotated[
         Path | None, Option(help="The file of results.", show_default="OUT/results.json")
     ] = None
@@ -79,6 +92,7 @@ class Options(cli.BenchmarkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        cli.require_range(0, minutes=self.minutes)
         cli.items(self.ops, dict.fromkeys(OPERATIONS))
         if self.against is not None:
             cli.items(self.against, peers.ALL)
@@ -86,6 +100,13 @@ class Options(cli.BenchmarkOptions):
     @property
     def path(self) -> Path:
         return self.json or self.out / "results.json"
+
+    @property
+    def seconds(self) -> float:
+        """Within which it ends."""
+        if self.minutes is None:
+            return 60 * QUICK_MINUTES if self.quick else math.inf
+        return 60 * self.minutes
 
     @property
     def cases(self) -> list[Case]:
@@ -116,6 +137,8 @@ class Options(cli.BenchmarkOptions):
             return of(bench_sgd_options.Options, **chosen)
         if operation == "train_step":
             return of(bench_train_step.Options, models=self.models, batch_sizes=self.batch_sizes)
+        if operation == "data_parallel":
+            return of(bench_data_parallel.Options) if self.device == "cpu" else []
         axes = ["threads"] if operation == "threads" else bench_scaling.SIZE_AXES
         return of(bench_scaling.Options, axes=",".join(axes))
 
@@ -138,6 +161,8 @@ def main(options: Options) -> None:
     made.write(options.out)
     for table in shown:
         report.show(table)
+    if results.left_out:
+        report.say(f"no time was left for {len(results.left_out)} cases")
     report.say(f"report: {options.out / 'report.html'}")
     driver.require_complete(results, len(results.rows) + len(results.failures))
 
@@ -145,7 +170,10 @@ def main(options: Options) -> None:
 def measured(cases: Sequence[Case], options: Options) -> Results:
     cli.require_writable(options.path)
     against = peers.ALL if options.against is None else cli.items(options.against, peers.ALL)
-    return driver.measure(cases, driver.session(options, against), options.path)
+    begin = time.monotonic()
+    session = driver.session(options, against, begin + COMPILING * options.seconds)
+    end = begin + BEGINNING * options.seconds
+    return driver.measure(cases, session, options.path, timed_until=end, until=end)
 
 
 if __name__ == "__main__":

@@ -189,6 +189,8 @@ class Session:
     seconds_per_case: float = 2.0
     compile_until: float = float("inf")
     """Of time.monotonic(): then no compiler is started any more."""
+    agreed: Callable[[float], float] = lambda seconds: seconds
+    """See timing.measure()."""
 
     @property
     def present(self) -> frozenset[str]:
@@ -213,7 +215,11 @@ class Session:
                     raise
                 missing[name] = why(error)
         measured = measure(
-            {**implementations, **work.floors}, self.device, self.rounds, self.seconds_per_case
+            {**implementations, **work.floors},
+            self.device,
+            self.rounds,
+            self.seconds_per_case,
+            self.agreed,
         )
         work.release()
         memory = {name: footprint(calls[0], self.device) for name, calls in implementations.items()}

@@ -77,6 +77,13 @@ OPERATIONS = {
         "left out: it would speed up everyone's network alike.",
         "The floor is the network alone: no loss, no update.",
     ),
+    "data_parallel": Operation(
+        "Training steps of two processes",
+        "The same under DistributedDataParallel: two processes on this machine, one thread each, "
+        "average their gradients over gloo. A batch is that of each process. A step takes as long "
+        "as it takes the slower of the two.",
+        "The floor is the network alone, the averaging of its gradients included.",
+    ),
     "sgd_options": Operation(
         "A step of SGD on bfloat16 parameters",
         "One call is optimizer.step(). With master_weights the others do by hand what the option "
@@ -150,7 +157,9 @@ def speed_table(title: str, rows: Sequence[Row], note: str = "") -> Table:
     others = [name for name in _order(rows) if name != OURS]
 
     def time(name: str, row: Row) -> str:
-        return report.seconds(row.time(name).median) if name in row.samples else NONE
+        if name in row.samples:
+            return report.seconds(row.time(name).median)
+        return row.missing.get(name, NONE).partition(":")[0]
 
     def floor(row: Row) -> str:
         return f"{time(row.floor, row)}, {row.floor}" if row.floor else NONE

@@ -100,13 +100,16 @@ def measure(
     device: str,
     rounds: int,
     seconds: float = math.inf,
+    agreed: Callable[[float], float] = lambda seconds: seconds,
 ) -> Measurement:
     """Times `candidates`; one given as several calls takes turns through them.
 
-    Rounds that would together take longer than `seconds` are left out, but for LEAST_ROUNDS.
+    Rounds that would together take longer than `seconds` are left out, but for LEAST_ROUNDS. What a
+    block took is what `agreed` makes of it: processes that make their calls together, and must make
+    equally many, agree on one number.
     """
     blocks = {
-        name: Block([calls] if callable(calls) else calls, device)
+        name: Block([calls] if callable(calls) else calls, device, agreed)
         for name, calls in candidates.items()
     }
     order = list(blocks)
@@ -131,9 +134,12 @@ def measure(
 class Block:
     """So many calls of one candidate that they fill BLOCK_SECONDS, or one longer call."""
 
-    def __init__(self, calls: Sequence[Call], device: str) -> None:
+    def __init__(
+        self, calls: Sequence[Call], device: str, agreed: Callable[[float], float]
+    ) -> None:
         self._turns = cycle(calls)
         self._device = device
+        self._agreed = agreed
         self._calls = len(calls)
         self.seconds = 0.0
         """What a block takes, known when it is warm."""
@@ -156,7 +162,7 @@ class Block:
 
     def _took(self) -> float:
         _, seconds = timed(self._run, self._device)
-        return seconds
+        return self._agreed(seconds)
 
     def _run(self) -> None:
         for call in islice(self._turns, self._calls):
