@@ -4,7 +4,8 @@ Measured is `f(x, t).backward(); x.grad = None` on standard-normal inputs x and 
 [0, 1), with the mean as the reduction, in one interleaved run with two floors. One is the autograd
 round trip `x.sum().backward(); x.grad = None`, below which no small loss can go. The other is
 `torch.add(x, t, out=g)`, below which no large one can: it moves three arrays, as a loss must that
-reads input and target once and writes the gradient once; of the exponential and the logarithm that
+reads input and target once and writes the gradient once, and g is a gradient of fusedstep's, which
+lies on huge pages where the system grants them; of the exponential and the logarithm that
 binary cross-entropy computes as well it knows nothing. FLOOR_ELEMENTS says where on the CPU the one
 gives way to the other; on CUDA the floor is the one that took longer. Before that everyone's loss
 and gradient are compared with torch's in float64; who differs is not timed.
@@ -80,9 +81,10 @@ class Operands:
 
         return call
 
-    def add(self) -> Call:
-        x = self.x.detach()
-        return partial(torch.add, x, self.t, out=torch.empty_like(x))
+    def add(self, loss: Loss) -> Call:
+        """Into the memory that the gradient of `loss` has."""
+        _, gradient = self.loss_and_gradient(loss)
+        return partial(torch.add, self.x.detach(), self.t, out=gradient)
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,9 @@ class Case(suite.Comparison):
             session.require_time_to_compile()
             return compiled(native)
 
+        ours: Loss = getattr(session.fusedstep.functional, self.loss)
         loaders: dict[str, Callable[[], Loss]] = {
-            OURS: lambda: getattr(session.fusedstep.functional, self.loss),
+            OURS: lambda: ours,
             "native": lambda: native,
             "compile": compile_native,
         }
@@ -127,7 +130,7 @@ class Case(suite.Comparison):
             {name: partial(calls, name, load) for name, load in loaders.items()},
             {
                 "round trip": [operands.round_trip() for operands in sets],
-                "add": [operands.add() for operands in sets],
+                "add": [operands.add(ours) for operands in sets],
             },
             None if session.device == "cuda" else self.cpu_floor,
             3 * reference.x.nbytes,

@@ -122,7 +122,10 @@ def _run(
         if time.monotonic() > timed_until:
             results.left_out.append(_name(case))
             continue
-        left = (time.monotonic() - begin) * (whole - expected) / expected if expected else None
+        now = time.monotonic()
+        left = (now - begin) * (whole - expected) / expected if expected else None
+        if left is not None:
+            left = min(left, timed_until - now)
         follow(Progress(case, index, len(cases), left))
         outcome = session.attempt(case, partial(case.measured, session))
         if isinstance(outcome, Row):

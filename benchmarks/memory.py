@@ -1,12 +1,15 @@
 """What a call allocates: the most memory that it holds at once, and how often it asks for some.
 
 On the CPU both are counted from the allocations and releases that torch's profiler sees; on CUDA
-they are the caching allocator's own statistics.
+they are the caching allocator's own statistics. Page faults are the system's count: a call has them
+where its memory went back to the system after the call before.
 """
 
 from __future__ import annotations
 
 import os
+import resource
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -18,6 +21,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library is sil
 
 MEMORY_EVENT = "[memory]"
 LOSS_ELEMENTS = 32_768
+COUNTED_CALLS = 5
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Footprint:
     peak_bytes: int
     """The most held at once beyond what was allocated before the call."""
     allocations: int
+    page_faults: int | None = None
+    """On the CPU: the median of a few calls."""
 
 
 def footprint(call: Callable[[], object], device: str) -> Footprint:
@@ -46,7 +52,17 @@ def _on_cuda(call: Callable[[], object]) -> Footprint:
 def _on_cpu(call: Callable[[], object]) -> Footprint:
     elsewhere = _gradient()  # noqa: F841  (held: see there)
     first, later = _allocated(call), _allocated(call)
-    return Footprint(max(accumulate(first), default=0), sum(nbytes > 0 for nbytes in later))
+    return Footprint(
+        max(accumulate(first), default=0),
+        sum(nbytes > 0 for nbytes in later),
+        statistics.median_low(_page_faults(call) for _ in range(COUNTED_CALLS)),
+    )
+
+
+def _page_faults(call: Callable[[], object]) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 def _gradient() -> torch.Tensor:

@@ -20,6 +20,9 @@ from launches import Launches
 from suite import Point, Row
 
 DIGITS = 5  # of a sample: timers and noise have fewer
+OFTEN_EMPTY = (
+    *("missing", "peak_bytes", "allocations", "page_faults", "shares", "losses", "launched"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,8 @@ def _brief(fields: dict[str, Any]) -> dict[str, Any]:
             name: [float(f"{value:.{DIGITS}g}") for value in values]
             for name, values in fields[kind].items()
         }
-    required = ("missing", "peak_bytes", "allocations", "shares", "losses", "launched")
     return {
         name: value
         for name, value in fields.items()
-        if value is not None and not (name in required and not value)
+        if value is not None and not (name in OFTEN_EMPTY and not value)
     }

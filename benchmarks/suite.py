@@ -64,6 +64,8 @@ class Row:
     """What a call holds at once beyond its operands, by implementation."""
     allocations: dict[str, int] = field(default_factory=dict)
     """How often a call asks for memory, by implementation."""
+    page_faults: dict[str, int] = field(default_factory=dict)
+    """Of a call on the CPU, by implementation."""
     shares: dict[str, float] = field(default_factory=dict)
     """Of a training step, what loss and update take, by implementation."""
     losses: dict[str, list[float]] = field(default_factory=dict)
@@ -243,6 +245,11 @@ class Session:
             bytes_moved=work.bytes_moved,
             peak_bytes={name: used.peak_bytes for name, used in memory.items()},
             allocations={name: used.allocations for name, used in memory.items()},
+            page_faults={
+                name: used.page_faults
+                for name, used in memory.items()
+                if used.page_faults is not None
+            },
             point=case.point,
         )
 

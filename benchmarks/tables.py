@@ -184,13 +184,9 @@ def speed_table(title: str, rows: Sequence[Row], note: str = "") -> Table:
         "floor": floor,
         "share of the floor": lambda row: _percent(row.share.median) if row.share else NONE,
     }
-    if any(row.bytes_moved for row in rows):
-        columns["bytes by count / time"] = lambda row: (
-            f"{report.memory(row.bytes_per_second)}/s" if row.bytes_per_second else NONE
-        )
     if any(row.shares for row in rows):
-        columns["loss and update: torch's share"] = lambda row: _percent(row.shares.get("native"))
-        columns["fusedstep's share"] = lambda row: _percent(row.shares.get(OURS))
+        columns["loss and update: of torch's step"] = lambda row: _percent(row.shares.get("native"))
+        columns["of fusedstep's"] = lambda row: _percent(row.shares.get(OURS))
     table = Table.of(title, columns, rows, note)
     slower = frozenset(index for index, row in enumerate(rows) if row.lost_to)
     return replace(table, slower=slower)
@@ -202,6 +198,16 @@ def memory_table(title: str, rows: Sequence[Row], note: str = "") -> Table:
         columns[f"peak: {label(name)}"] = partial(peak, name)
     for name in _order(rows):
         columns[f"allocations: {label(name)}"] = partial(allocations, name)
+    if any(row.page_faults for row in rows):
+        for name in {row.native: None for row in rows} | {OURS: None}:
+            columns[f"page faults: {label(name)}"] = partial(page_faults, name)
+    if any(row.bytes_moved for row in rows):
+        columns["bytes moved, by count"] = lambda row: (
+            report.memory(row.bytes_moved) if row.bytes_moved else NONE
+        )
+        columns["a second by fusedstep"] = lambda row: (
+            f"{report.memory(row.bytes_per_second)}/s" if row.bytes_per_second else NONE
+        )
     if any(row.launched for row in rows):
         columns["launches"] = launches
     return Table.of(title, columns, rows, note)
@@ -213,6 +219,10 @@ def peak(name: str, row: Row) -> str:
 
 def allocations(name: str, row: Row) -> str:
     return str(row.allocations.get(name, NONE))
+
+
+def page_faults(name: str, row: Row) -> str:
+    return f"{row.page_faults[name]:,}" if name in row.page_faults else NONE
 
 
 def launches(row: Row) -> str:
@@ -242,7 +252,8 @@ def losses_table(rows: Iterable[Row]) -> Table:
         "Where fusedstep is slower",
         columns,
         lost,
-        "Beyond the noise: the upper quartile of the ratio, too, is below 1."
+        "A ratio is the median of those within each round, which may differ from that of the "
+        "medians. Beyond the noise: its upper quartile, too, is below 1."
         if lost
         else "Nowhere.",
     )
