@@ -59,11 +59,12 @@ class Options(cli.BenchmarkOptions):
     @property
     def cases(self) -> list[suite.Case]:
         sizes = KIBIBYTES[1::2] if self.quick else KIBIBYTES
+        plural = "thread" if self.threads == 1 else "threads"
         return [
             Case(
                 size * 1024,
                 threads=self.threads,
-                point=Point(f"bandwidth, {self.threads} threads", "bytes an array", size * 1024),
+                point=Point(f"{self.threads} {plural}", "bytes an array", size * 1024),
             )
             for size in sizes
         ]

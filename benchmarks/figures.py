@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 import tables
 from suite import OURS, Row
@@ -55,6 +55,7 @@ FLOOR_STYLE = (GREY, "|")
 
 COLUMNS = 3
 ROW_HEIGHT = 0.3
+FEW_TICKS = 5  # whose names fit under a panel
 FEW = 50  # so much between an axis's ends, and it has ticks between the powers of ten
 seconds = EngFormatter(unit="s", places=0)
 
@@ -195,10 +196,16 @@ def bandwidth(plots: Mapping[str, Sequence[Row]]) -> Plot:
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("size of one array")
-        axes.xaxis.set_major_formatter(EngFormatter(unit="B", places=0))
+        sizes = [x_of(row) for row in rows][-1 :: -2 if len(rows) > FEW_TICKS else -1]
+        axes.set_xticks(sizes, [binary_size(size) for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(EngFormatter(unit="B/s", places=0))
 
     return panels("bandwidth", "Bandwidth", plots, draw, "bytes read and written")
+
+
+def binary_size(nbytes: float) -> str:
+    return f"{nbytes / 2**20:g} MiB" if nbytes >= 2**20 else f"{nbytes / 2**10:g} KiB"
 
 
 def losses(rows: Sequence[Row]) -> Plot:

@@ -8,8 +8,9 @@ are.
 
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -20,7 +21,9 @@ import bench_cross_entropy
 import cli
 import report
 from report import Table
-from timing import Measurement, measure
+from results import Results
+from suite import Row
+from timing import Measurement, Spread, measure
 
 NATIVE, FLOOR = "F.nll_loss", "floor"
 
@@ -34,10 +37,13 @@ class Options:
     sizes: Annotated[str, Option(help="Batch x classes, comma-separated.")] = (
         bench_cross_entropy.SIZES
     )
+    json: Annotated[Path | None, Option(help="Write the measurements to this file.")] = None
 
     def __post_init__(self) -> None:
         cli.require_threads(self.threads)
         cli.require_range(1, cli.MAX_COUNT, rounds=self.rounds)
+        if self.json is not None:
+            cli.require_writable(self.json)
 
     @property
     def shapes(self) -> dict[str, list[int]]:
@@ -47,7 +53,7 @@ class Options:
         }
 
 
-def measured(shape: list[int], rounds: int) -> Measurement:
+def measured(size: str, shape: list[int], options: Options) -> Row:
     torch.manual_seed(0)
     batch, classes, *_ = shape
     log_p = torch.randn(shape).log_softmax(1).requires_grad_(True)
@@ -63,25 +69,44 @@ def measured(shape: list[int], rounds: int) -> Measurement:
         ten.grad = None
         torch.zeros_like(log_p)
 
-    return measure({NATIVE: native, FLOOR: floor}, "cpu", rounds)
+    samples = measure({NATIVE: native, FLOOR: floor}, "cpu", options.rounds).seconds
+    return Row(
+        "nll_loss",
+        size,
+        "float32",
+        options.threads,
+        NATIVE,
+        [FLOOR],
+        {name: list(seconds) for name, seconds in samples.items()},
+    )
+
+
+def over_floor(row: Row) -> Spread:
+    return Measurement(row.samples).ratio(NATIVE, FLOOR)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    columns: dict[str, Callable[[Row], str]] = {
+        "log-probabilities": lambda row: row.case,
+        NATIVE: lambda row: report.seconds(row.time(NATIVE).median),
+        FLOOR: lambda row: report.seconds(row.time(FLOOR).median),
+        f"{NATIVE} / {FLOOR} (quartiles)": lambda row: report.spread(
+            over_floor(row), report.factor
+        ),
+    }
+    found = Table.of("NLLLoss, forward and backward", columns, rows)
+    mean = statistics.geometric_mean(over_floor(row).median for row in rows)
+    return replace(found, rows=[*found.rows, ["geometric mean", "", "", report.factor(mean)]])
 
 
 def main(options: Options) -> None:
-    where = report.environment("cpu")
+    results = Results(report.environment("cpu"), {})
     torch.set_num_threads(options.threads)
-    found = {size: measured(shape, options.rounds) for size, shape in options.shapes.items()}
-    columns: dict[str, Callable[[str], str]] = {
-        "logits": str,
-        NATIVE: lambda size: report.seconds(found[size].time(NATIVE).median),
-        FLOOR: lambda size: report.seconds(found[size].time(FLOOR).median),
-        f"{NATIVE} / {FLOOR} (quartiles)": lambda size: report.spread(
-            found[size].ratio(NATIVE, FLOOR), report.factor
-        ),
-    }
-    report.show(Table.of("NLLLoss, forward and backward", columns, list(found)))
-    ratios = [measurement.ratio(NATIVE, FLOOR).median for measurement in found.values()]
-    report.say(f"geometric mean: {report.factor(statistics.geometric_mean(ratios))}")
-    report.say_where(where)
+    results.rows.extend(measured(*size, options) for size in options.shapes.items())
+    if options.json is not None:
+        results.save(options.json)
+    report.show(table(results.rows))
+    report.say_where(results.environment)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measured parts of README.md: written from committed results, between two comments.
+"""The measured parts of README.md and NOTES.md: from committed results, between two comments.
 
 <!-- measured: PART from benchmarks/results/FILE.json --> begins a part, <!-- end --> ends it.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import cli
+import goals
+import nll_loss
 import page
 import report
 import tables
@@ -19,7 +22,7 @@ from results import Results
 from suite import OURS, Row
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md")
 PART = re.compile(r"(<!-- measured: (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # The rows that a reader needs; the report has all.
@@ -29,11 +32,13 @@ SHOWN: Mapping[str, Callable[[Row], bool]] = {
     "linear_cross_entropy": lambda row: True,
     "sgd": lambda row: not row.case.startswith("lenet") and "nesterov" not in row.case,
     "train_step": lambda row: "plain" not in row.case,
+    "data_parallel": lambda row: True,
 }
 
 
 def rewrite() -> None:
-    README.write_text(rendered(README.read_text()))
+    for path in PAGES:
+        path.write_text(rendered(path.read_text()))
 
 
 def rendered(text: str) -> str:
@@ -42,7 +47,7 @@ def rendered(text: str) -> str:
     def replaced(part: re.Match[str]) -> str:
         begin, name, path, end = part.groups()
         if name not in PARTS:
-            raise cli.Refusal(f"README.md has no part {name!r}, only {', '.join(PARTS)}")
+            raise cli.Refusal(f"there is no part {name!r}, only {', '.join(PARTS)}")
         return f"{begin}\n{PARTS[name](Results.load(ROOT / path), path)}\n{end}"
 
     return PART.sub(replaced, text)
@@ -77,7 +82,7 @@ def part(operation: str) -> Callable[[Results, str], str]:
     def write(results: Results, path: str) -> str:
         rows = [row for row in results.of(operation) if SHOWN[operation](row)]
         if not rows:
-            raise cli.Refusal(f"{path} has no rows of {operation} for README.md")
+            raise cli.Refusal(f"{path} has no rows of {operation}")
         return page.markdown(table(rows)) + f"\n<sub>`{operation}` in [{path}]({path})</sub>\n"
 
     return write
@@ -108,9 +113,44 @@ def best_other(row: Row) -> str:
     return f"{report.seconds(row.time(name).median)}, {tables.label(name)}"
 
 
+def goals_of(results: Results, path: str) -> str:
+    verdicts = [goal.verdict(results.rows) for goal in goals.ON_CPU]
+    return page.markdown(goals.table("Goals", verdicts))
+
+
+def floors(results: Results, path: str) -> str:
+    """Of plain logits, with what they are made of."""
+    rows = [row for row in results.of("cross_entropy") if row.case in goals.SIZES]
+
+    def time(name: str) -> Callable[[Row], str]:
+        return lambda row: report.seconds(row.time(name).median)
+
+    columns: dict[str, Callable[[Row], str]] = {"logits": tables.name_of}
+    columns |= {tables.label(name): time(name) for name in ("native", OURS)}
+    columns |= {name: time(name) for name in ("round trip", "exp", "copy")}
+    return page.markdown(Table.of("", columns, rows))
+
+
+def page_faults(results: Results, path: str) -> str:
+    rows = [row for row in results.of("cross_entropy") if any(row.page_faults.values())]
+    columns: dict[str, Callable[[Row], str]] = {"": tables.name_of}
+    for name in ("native", OURS):
+        columns[tables.label(name)] = partial(tables.page_faults, name)
+    return page.markdown(Table.of("", columns, rows))
+
+
+def nll(results: Results, path: str) -> str:
+    command = f"```console\n{results.environment['command']}\n```\n"
+    return f"{page.markdown(nll_loss.table(results.rows))}\n{command}"
+
+
 PARTS: Mapping[str, Callable[[Results, str], str]] = {
     "source": source,
     "overview": overview,
     "slower": slower,
     **{operation: part(operation) for operation in SHOWN},
+    "goals": goals_of,
+    "floors": floors,
+    "page_faults": page_faults,
+    "nll_loss": nll,
 }

@@ -1122,7 +1122,7 @@ def made_up(ratio: float = 2.0, spread: float = 0.01, seed: int = 0) -> Results:
             list(tables.ARRAYS_MOVED),
             samples(copy=1.0, exp=2.0, add_=1.5),
             bytes_moved=2**20,
-            point=suite.Point("bandwidth, 1 threads", "bytes an array", 2**20),
+            point=suite.Point("1 thread", "bytes an array", 2**20),
         ),
     ]
     environment = report.environment("cpu") | {"command": "python benchmarks/run.py <&>"}

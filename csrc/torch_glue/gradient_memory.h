@@ -9,7 +9,7 @@ namespace fusedstep {
 //
 // A training step frees its gradient just before the next one asks for as much. The C library often
 // returns such memory to the system in between, and faulting it in again can cost as much as the
-// loss itself (measured: 0.30 of 0.74 ms for 1024 x 1000 floats). So the last freed gradient of up
+// loss itself (benchmarks/NOTES.md has the page faults by size). So the last freed gradient of up
 // to 64 MiB is kept for the next; a larger one is returned to the system and asked for in huge
 // pages.
 at::Tensor empty_gradient(const at::Tensor& like);
