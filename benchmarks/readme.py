@@ -1,10 +1,12 @@
 """The measured parts of README.md and NOTES.md: from committed results, between two comments.
 
-<!-- measured: PART from benchmarks/results/FILE.json --> begins a part, <!-- end --> ends it.
+<!-- measured: PART from FILE --> begins a part, <!-- end --> ends it. FILE is a file of results, or
+the budget of instructions.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -48,7 +50,7 @@ def rendered(text: str) -> str:
         begin, name, path, end = part.groups()
         if name not in PARTS:
             raise cli.Refusal(f"there is no part {name!r}, only {', '.join(PARTS)}")
-        return f"{begin}\n{PARTS[name](Results.load(ROOT / path), path)}\n{end}"
+        return f"{begin}\n{PARTS[name](path)}\n{end}"
 
     return PART.sub(replaced, text)
 
@@ -78,11 +80,15 @@ def slower(results: Results, path: str) -> str:
     return f"{rows}\n\n{page.markdown(found)}"
 
 
+def nothing(path: str) -> str:
+    return f"Not measured in {path}.\n"
+
+
 def part(operation: str) -> Callable[[Results, str], str]:
     def write(results: Results, path: str) -> str:
         rows = [row for row in results.of(operation) if SHOWN[operation](row)]
         if not rows:
-            raise cli.Refusal(f"{path} has no rows of {operation}")
+            return nothing(path)
         return page.markdown(table(rows)) + f"\n<sub>`{operation}` in [{path}]({path})</sub>\n"
 
     return write
@@ -133,6 +139,8 @@ def floors(results: Results, path: str) -> str:
 
 def page_faults(results: Results, path: str) -> str:
     rows = [row for row in results.of("cross_entropy") if any(row.page_faults.values())]
+    if not rows:
+        return nothing(path)
     columns: dict[str, Callable[[Row], str]] = {"": tables.name_of}
     for name in ("native", OURS):
         columns[tables.label(name)] = partial(tables.page_faults, name)
@@ -144,13 +152,44 @@ def nll(results: Results, path: str) -> str:
     return f"{page.markdown(nll_loss.table(results.rows))}\n{command}"
 
 
-PARTS: Mapping[str, Callable[[Results, str], str]] = {
-    "source": source,
-    "overview": overview,
-    "slower": slower,
-    **{operation: part(operation) for operation in SHOWN},
-    "goals": goals_of,
-    "floors": floors,
-    "page_faults": page_faults,
-    "nll_loss": nll,
+# What the budget counts once for so many calls, or elements of one call, and NOTES.md tells of.
+COUNTED = (
+    *("calls: cross_entropy and backward", "calls: SGD.step of 1", "calls: SGD.step of 20"),
+    "kernels: avx2: cross_entropy float32 64x10 loss and gradient",
+    "kernels: avx2: cross_entropy float32 64x1000 loss",
+    "kernels: avx2: cross_entropy float32 64x1000 loss and gradient",
+    "kernels: avx2: cross_entropy float32 64x1000 backward",
+)
+
+
+def instructions(path: str) -> str:
+    budget = json.loads((ROOT / path).read_text())
+    cells = []
+    for what in COUNTED:
+        kind, _, name = what.partition(": ")
+        total, number = budget[kind]["counts"][name]
+        calls = number if kind == "calls" else 1
+        cells.append([f"{kind.removesuffix('s')}: {name}", f"{total / calls:,.0f}"])
+    return page.markdown(Table("", ["", "instructions of a call"], cells))
+
+
+def of_results(write: Callable[[Results, str], str]) -> Callable[[str], str]:
+    return lambda path: write(Results.load(ROOT / path), path)
+
+
+PARTS: Mapping[str, Callable[[str], str]] = {
+    "instructions": instructions,
+    **{
+        name: of_results(write)
+        for name, write in {
+            "source": source,
+            "overview": overview,
+            "slower": slower,
+            **{operation: part(operation) for operation in SHOWN},
+            "goals": goals_of,
+            "floors": floors,
+            "page_faults": page_faults,
+            "nll_loss": nll,
+        }.items()
+    },
 }

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 import bench_bandwidth
 import bench_cross_entropy
+import bench_data_parallel
 import bench_linear_cross_entropy
 import bench_pointwise_loss
 import bench_scaling
@@ -35,6 +36,7 @@ import goals
 import gpu_check
 import launches
 import memory
+import nll_loss
 import page
 import peers
 import readme
@@ -58,6 +60,7 @@ SCRIPTS = {
     "train_ddp": (train_ddp.Config, train_ddp.main),
     "bench_bandwidth": (bench_bandwidth.Options, driver.main),
     "bench_cross_entropy": (bench_cross_entropy.Options, driver.main),
+    "bench_data_parallel": (bench_data_parallel.Options, driver.main),
     "bench_linear_cross_entropy": (bench_linear_cross_entropy.Options, driver.main),
     "bench_pointwise_loss": (bench_pointwise_loss.Options, driver.main),
     "bench_scaling": (bench_scaling.Options, driver.main),
@@ -151,6 +154,7 @@ def refusal(script: str, arguments: str, capsys: pytest.CaptureFixture[str]) -> 
         ("run", "--dtypes int8", "int8"),
         ("run", "--against numpy", "numpy"),
         ("run", "--threads 0", "--threads"),
+        ("run", "--minutes -1", "--minutes"),
         ("run", "--out /dev/null/report", "/dev/null/report"),
         ("run", "--results no-such.json", "no-such.json"),
         ("run", "--compare no-such.json", "no-such.json"),
@@ -658,6 +662,19 @@ def test_an_update_in_backward_holds_fewer_gradients(session: suite.Session) -> 
     assert row.others == ["native", "step()"]
 
 
+def test_two_processes_are_measured_together(session: suite.Session) -> None:
+    row = bench_data_parallel.Case("lenet", 2, "momentum").measured(session)
+    assert row.case == "LeNet, batch 2, momentum" and row.floor == bench_train_step.NETWORK_ALONE
+    assert row.others == ["native", "fused"]
+    assert {len(seconds) for seconds in row.samples.values()} == {timing.LEAST_ROUNDS - 3}
+
+
+def test_what_a_process_raises_is_told_in_one_line(session: suite.Session) -> None:
+    case = bench_data_parallel.Case("lenet", 2, "backwards")
+    with pytest.raises(RuntimeError, match=r"^KeyError: 'backwards'$"):
+        case.measured(session)
+
+
 @pytest.mark.parametrize(("size", "floor"), [("255x1000", "round trip"), ("256x1000", "exp")])
 def test_the_floor_follows_the_size(size: str, floor: str) -> None:
     assert bench_cross_entropy.sized(size).cpu_floor == floor
@@ -681,6 +698,19 @@ def test_the_fused_heads_of_torch_are_compared(session: suite.Session) -> None:
     row = bench_linear_cross_entropy.Case(4, 3, 5).measured(session)
     heads = {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}
     assert heads < set(row.others) and not row.missing
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_nll_loss_is_held_against_its_floor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nll.json"
+    arguments = ["--sizes", "3x5,2x7", "--rounds", "3", "--json", str(path)]
+    cli.run(nll_loss.Options, nll_loss.main, arguments)
+    assert "geometric mean" in capsys.readouterr().out
+    rows = Results.load(path).rows
+    assert [row.case for row in rows] == ["3x5", "2x7"]
+    assert all(set(row.samples) == {nll_loss.NATIVE, nll_loss.FLOOR} for row in rows)
 
 
 @pytest.mark.usefixtures("short_blocks")
@@ -1177,7 +1207,7 @@ def test_a_report_stands_alone_and_shows_losses_first(
     for part in (
         *("mse_loss, 9", "torch.compile", "0.50 (0.50 – 0.50)", "absent: it needs CUDA"),
         *("sgd: large: no memory", "sgd: larger", "&lt;&amp;&gt;", torch.__version__),
-        *("1 of 5", "20%", "there is no crossover", "no time"),
+        *("1 of 10", "80% of the machine", "20%", "there is no crossover", "no time"),
     ):
         assert part in html, part
     text = (tmp_path / "out" / "report.md").read_text()
@@ -1233,6 +1263,35 @@ def test_everything_runs_by_one_command(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").exists()
 
 
+def test_a_run_leaves_out_what_it_has_no_time_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_all.Options(quick=True).seconds == 900 and run_all.Options().seconds == math.inf
+    run("run", f"--ops sgd --sets lenet --minutes 0 --out {tmp_path}")
+    results = Results.load(tmp_path / "results.json")
+    assert results.rows == [] and len(results.left_out) == 3
+    assert "left out for lack of time: 3 cases" in capsys.readouterr().out
+    assert "No time was left for sgd: lenet" in (tmp_path / "report.html").read_text()
+
+
+def test_processes_agree_on_how_long_a_block_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    measured = timing.measure(
+        {"x": machine.candidate("x", 1.0)}, "cpu", 20, 12.0, agreed=lambda seconds: 3 * seconds
+    )
+    assert measured.seconds["x"] == [3.0] * timing.LEAST_ROUNDS
+
+
+def test_page_faults_are_those_of_the_call() -> None:
+    def call() -> None:
+        torch.zeros(2**24 + 2**22)  # from 32 MiB on glibc maps memory anew at every call
+
+    few = memory.footprint(lambda: None, "cpu").page_faults
+    assert few is not None and few < 100
+    many = memory.footprint(call, "cpu").page_faults
+    assert many is not None and many > few
+
+
 def test_every_operation_has_cases() -> None:
     for quick in (True, False):
         for operation in run_all.OPERATIONS:
@@ -1269,13 +1328,52 @@ def test_a_transformer_does_not_look_ahead() -> None:
     assert not torch.equal(before[40:], after[40:])
 
 
+# Goals
+
+
+def test_goals_of_the_cpu_are_judged_beside_their_floors() -> None:
+    def row(operation: str, case: str, ours: float, floor: str, **times: float) -> Row:
+        samples = {name: [1e-6 * time] * 3 for name, time in {OURS: ours, **times}.items()}
+        return Row(operation, case, "float32", 1, next(iter(times)), [floor], samples)
+
+    rows = [
+        row("cross_entropy", size, 2.0, "exp", native=18.0, exp=1.0, **{"round trip": 1.9})
+        for size in goals.SIZES
+    ]
+    rows[-1].samples["native"] = [2.5e-6] * 3
+    rows.append(replace(rows[0], dtype="bfloat16", samples={OURS: [9.0], "native": [1.0]}))
+    rows.append(row("sgd", "cifar: 10 tensors, plain", 30.0, "add_", fused=90.0, add_=19.0))
+    rows.append(
+        row("train_step", "CIFAR CNN, batch 4, plain", 10.0, "alone", native=11.0, alone=9.5)
+    )
+    found = {goal.text: goal.verdict(rows) for goal in goals.ON_CPU}
+    mean, least, tiny, large, plain, momentum, over, *_ = found.values()
+    assert mean.figure == pytest.approx((9**8 * 1.25) ** (1 / 9)) and not mean.met
+    assert mean.at_floor == pytest.approx((18**8 * 2.5) ** (1 / 9))
+    assert least.figure == pytest.approx(1.25) and least.at_floor == pytest.approx(2.5)
+    assert least.case == goals.SIZES[-1] and not least.met
+    assert tiny.figure == pytest.approx(2 / 1.9) and tiny.met
+    assert large.figure == pytest.approx(2.0) and not large.met
+    assert plain.figure == pytest.approx(3.0) and plain.met
+    assert momentum.met is None and momentum.figure is None
+    assert over.figure == pytest.approx(11.0) and not over.met and over.unit == " µs"
+    step = found["training step, CIFAR CNN, batch 4, plain: torch / fusedstep"]
+    assert step.figure == pytest.approx(1.1) and step.at_floor == pytest.approx(11 / 9.5)
+    assert goals.ON_CPU[0].verdict(rows[:8]).met is None  # one of the sizes is missing
+    shown = goals.table("Goals", list(found.values()))
+    assert shown.rows[6][2] == "11.00 µs" and shown.slower == {0, 1, 3, 6}
+
+
 # The README
 
 
-def test_the_readme_has_the_figures_of_committed_results() -> None:
-    text = readme.README.read_text()
-    assert set(re.findall(r"<!-- measured: (\w+) from", text)) == set(readme.PARTS)
-    assert readme.rendered(text) == text, "`make readme` rewrites its tables"
+def test_pages_have_the_figures_of_committed_results() -> None:
+    found = set()
+    for path in readme.PAGES:
+        text = path.read_text()
+        found |= set(re.findall(r"<!-- measured: (\w+) from", text))
+        assert readme.rendered(text) == text, f"`make readme` rewrites {path.name}"
+    assert found == set(readme.PARTS)
 
 
 def test_a_part_of_the_readme_is_written_between_its_marks(
@@ -1285,7 +1383,7 @@ def test_a_part_of_the_readme_is_written_between_its_marks(
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     parts = [
         f"<!-- measured: {name} from results.json -->\nold figures\n<!-- end -->"
-        for name in ("source", "overview", "slower", "cross_entropy", "sgd")
+        for name in ("source", "overview", "slower", "cross_entropy", "sgd", "goals")
     ]
     text = readme.rendered("\n\n".join(["before", *parts, "after"]))
     assert text.startswith("before") and text.endswith("after") and "old figures" not in text
