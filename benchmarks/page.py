@@ -116,11 +116,13 @@ def page(results: Results) -> Page:
 def lede(results: Results) -> str:
     where = results.environment
     device = where["gpu"] or f"{where['cpu']} with {where['capability']}, {where['cores']} cores"
+    left_out = len(results.left_out)
+    missing = f" No time was left for {left_out} cases, which the end names." if left_out else ""
     return (
         "fusedstep replaces PyTorch's losses and SGD by fused kernels with the same classes and "
         f"numbers. Here fusedstep {where['fusedstep']} is compared with torch {where['torch']} and "
         f"others on {device}: who is faster, by how much, and how far from the machine's limits. "
-        "CPU rows are of one thread unless they name more."
+        f"CPU rows are of one thread unless they name more.{missing}"
     )
 
 
