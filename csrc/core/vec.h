@@ -96,53 +96,67 @@ FUSEDSTEP_VEC V max(V a, V b) {
 }
 #endif
 
-// Loads kLanes<acc_t<T>> consecutive values; no alignment is asked for.
-FUSEDSTEP_VEC VecF load(const float* p) {
-    VecF v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-}
-FUSEDSTEP_VEC VecD load(const double* p) {
-    VecD v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-}
-FUSEDSTEP_VEC VecF load(const bfloat16* p) {
-    HalfU16 half;
-    std::memcpy(&half, p, sizeof(half));
-    return vec_cast<VecF>(__builtin_convertvector(half, VecU32) << 16);
-}
-FUSEDSTEP_VEC VecF load(const float16* p) {
+// kLanes<acc_t<T>> values as they are stored: the bits of the 16-bit types.
+template <class T>
+using StoredVec = std::conditional_t<sizeof(T) == 2, HalfU16, Vec<acc_t<T>>>;
+
+template <class T>
+FUSEDSTEP_VEC Vec<acc_t<T>> widened(StoredVec<T> v) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        return vec_cast<VecF>(__builtin_convertvector(v, VecU32) << 16);
+    } else if constexpr (std::is_same_v<T, float16>) {
 #if FUSEDSTEP_VECTOR_BYTES == 64
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_cvtph_ps(vec_cast<__m256i>(v));
 #elif FUSEDSTEP_VECTOR_BYTES == 32
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_cvtph_ps(vec_cast<__m128i>(v));
 #else
-    VecF v;
-    for (int i = 0; i < kLanes<float>; ++i) v[i] = to_acc(p[i]);
-    return v;
+        VecF wide;
+        for (int i = 0; i < kLanes<float>; ++i) wide[i] = to_acc(bit_cast<float16>(v[i]));
+        return wide;
 #endif
+    } else {
+        return v;
+    }
 }
 
-FUSEDSTEP_VEC void store(float* p, VecF v) { std::memcpy(p, &v, sizeof(v)); }
-FUSEDSTEP_VEC void store(double* p, VecD v) { std::memcpy(p, &v, sizeof(v)); }
-FUSEDSTEP_VEC void store(bfloat16* p, VecF v) {  // round to nearest even, NaN stays NaN
-    VecU32 const bits = vec_cast<VecU32>(v);
-    VecU32 const rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    VecU32 const result = (bits & 0x7fffffffu) > 0x7f800000u ? VecU32{} + 0x7fc0u : rounded;
-    HalfU16 const half = __builtin_convertvector(result, HalfU16);
-    std::memcpy(p, &half, sizeof(half));
-}
-FUSEDSTEP_VEC void store(float16* p, VecF v) {
+// Rounds to nearest even; NaN stays NaN.
+template <class T>
+FUSEDSTEP_VEC StoredVec<T> narrowed(Vec<acc_t<T>> v) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        VecU32 const bits = vec_cast<VecU32>(v);
+        VecU32 const rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        VecU32 const result = v == v ? rounded : VecU32{} + 0x7fc0u;
+        return __builtin_convertvector(result, StoredVec<T>);
+    } else if constexpr (std::is_same_v<T, float16>) {
 #if FUSEDSTEP_VECTOR_BYTES == 64
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return vec_cast<StoredVec<T>>(_mm512_cvtps_ph(v, rounding));
 #elif FUSEDSTEP_VECTOR_BYTES == 32
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        return vec_cast<StoredVec<T>>(_mm256_cvtps_ph(v, rounding));
 #else
-    for (int i = 0; i < kLanes<float>; ++i) p[i] = from_acc<float16>(v[i]);
+        StoredVec<T> narrow;
+        for (int i = 0; i < kLanes<float>; ++i) {
+            narrow[i] = bit_cast<std::uint16_t>(from_acc<float16>(v[i]));
+        }
+        return narrow;
 #endif
+    } else {
+        return v;
+    }
+}
+
+// Loads kLanes<acc_t<T>> consecutive values; no alignment is asked for.
+template <class T>
+FUSEDSTEP_VEC Vec<acc_t<T>> load(const T* p) {
+    StoredVec<T> v;
+    std::memcpy(&v, p, sizeof(v));
+    return widened<T>(v);
+}
+template <class T>
+FUSEDSTEP_VEC void store(T* p, Vec<acc_t<T>> v) {
+    StoredVec<T> const narrow = narrowed<T>(v);
+    std::memcpy(static_cast<void*>(p), &narrow, sizeof(narrow));
 }
 
 // Loads the first n lanes and zeroes the rest; touches only p[0, n).
@@ -156,11 +170,7 @@ FUSEDSTEP_VEC Vec<acc_t<T>> load_partial(const T* p, std::int64_t n) {
         return _mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), p);
     } else {
         __m256i const half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p);
-        if constexpr (std::is_same_v<T, float16>) {
-            return _mm512_cvtph_ps(half);
-        } else {
-            return vec_cast<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        }
+        return widened<T>(vec_cast<HalfU16>(half));
     }
 #else
 #if FUSEDSTEP_VECTOR_BYTES == 32
@@ -183,12 +193,14 @@ FUSEDSTEP_VEC void store_partial(T* p, Vec<acc_t<T>> v, std::int64_t n) {
     unsigned const mask = (1u << n) - 1u;
     if constexpr (std::is_same_v<T, float>) {
         _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), v);
-        return;
     } else if constexpr (std::is_same_v<T, double>) {
         _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), v);
-        return;
+    } else {
+        _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask),
+                                 vec_cast<__m256i>(narrowed<T>(v)));
     }
-#elif FUSEDSTEP_VECTOR_BYTES == 32
+#else
+#if FUSEDSTEP_VECTOR_BYTES == 32
     if constexpr (std::is_same_v<T, float>) {
         _mm256_maskstore_ps(p, vec_cast<__m256i>(first_lanes<float>(n)), v);
         return;
@@ -200,6 +212,7 @@ FUSEDSTEP_VEC void store_partial(T* p, Vec<acc_t<T>> v, std::int64_t n) {
     alignas(FUSEDSTEP_VECTOR_BYTES) T buffer[kLanes<acc_t<T>>];
     store(static_cast<T*>(buffer), v);
     for (std::int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
 }
 
 // A vector whose lane i is a[i ^ step].
