@@ -89,10 +89,7 @@ Covered<> covered_factor(const OptionalTensor& factor, const Tensor& input) {
     if (factor->scalar_type() != input.scalar_type()) {
         return not_covered("a weight of another dtype than input");
     }
-    if (factor->is_meta() || is_symbolic(*factor)) {
-        return not_covered("a weight in a traced program");
-    }
-    if (!at::is_expandable_to(factor->sizes(), input.sizes())) {
+    if (!at::is_expandable_to(factor->sym_sizes(), input.sym_sizes())) {
         return not_covered("a weight that does not expand to the shape of input");
     }
     return covered;
