@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -256,6 +257,28 @@ def test_generated_code() -> None:
             results.append([loss.detach(), *(p.grad for p in net.parameters())])
         torch.testing.assert_close(*results)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_graphs_on_disk_are_kept_for_these_operators() -> None:
+    """And are not found where an operator takes other arguments."""
+    names = {
+        name.removeprefix("fusedstep::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fusedstep::")
+    }
+    assert names == set(fusedstep._fakes.OPERATORS)
+    compiled = torch.compile(F.cross_entropy, fullgraph=True)
+    x, t = draw("cross_entropy")
+    hits = []
+    with fresh_cache():
+        for tag in ("", "", " of another schema"):
+            torch._dynamo.reset()
+            counters.clear()
+            ours = torch.compiler.config.cache_key_tag
+            with torch.compiler.config.patch(cache_key_tag=ours + tag):
+                compiled(x, t)
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1, 0] and "fusedstep" in ours
 
 
 # ------------------------------------------------------------------ the optimizer

@@ -864,8 +864,9 @@ def check_left_to_torch(device: torch.device) -> None:
     other = init_device_mesh(device.type, (1, dist.get_world_size()))
     with pytest.raises(ValueError, match="target is on"):
         F.cross_entropy(x, distribute_tensor(y, other, [Replicate(), Replicate()]))
-    with pytest.raises(ValueError, match="not a valid value for reduction"):
-        F.cross_entropy(x, y, reduction="avg")
+    for function in (F.cross_entropy, fusedstep.distributed.cross_entropy):
+        with pytest.raises(ValueError, match="not a valid value for reduction"):
+            function(x, y, weight=None, ignore_index=-100, reduction="avg", label_smoothing=0.0)
     shape, stride = torch.Size((6, 8)), (8, 1)
     uneven = value[:, : 3 if dist.get_rank() == 0 else 5]  # not as Shard cuts
     x = DTensor.from_local(uneven, mesh, [Shard(1)], shape=shape, stride=stride)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -86,7 +87,12 @@ def everything() -> dict[str, Any]:
         multiprocessing.spawn,
         *LOSSES.values(),
     ]
-    return {f"{o.__name__}.{name}": value for o in owners for name, value in vars(o).items()}
+    return {
+        f"{o.__name__}.{name}": value
+        for o in owners
+        for name, value in vars(o).items()
+        if name != "__warningregistry__"
+    }
 
 
 def operands(name: str) -> tuple[Tensor, Tensor]:
@@ -343,6 +349,56 @@ def test_jit_compiles_torchs_own() -> None:
         loss = scripted(x, t)
     scripted = torch.jit.script(fusedstep.CrossEntropyLoss())
     assert torch.equal(loss, F.cross_entropy(x, t)) and torch.equal(loss, scripted(x, t))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_jit_trace_records_torchs_own(name: str, reduction: str) -> None:
+    """And not the numbers of the call that it watches."""
+    criterion = LOSSES[name](reduction=reduction)
+    x, t = operands(name)
+    with fusedstep.patched():
+        traced = torch.jit.trace(criterion, (x, t))
+        ours = torch.jit.trace(
+            getattr(fusedstep, LOSSES[name].__name__)(reduction=reduction), (x, t)
+        )
+    reasons = fusedstep.stats()[name].fallbacks
+    assert list(reasons) == ["a program that torch.jit.trace records"]
+    torch.jit.save(traced, stored := io.BytesIO())
+    stored.seek(0)
+    x, t = operands(name)
+    for recorded in (traced, ours, torch.jit.load(stored)):
+        assert torch.equal(recorded(x, t), criterion(x, t))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_reduction_by_its_old_name() -> None:
+    x, t = operands("cross_entropy")
+    expected = F.cross_entropy(x, t)
+    with fusedstep.patched(), pytest.warns(UserWarning, match="use reduction='mean'"):
+        torch.testing.assert_close(F.cross_entropy(x, t, reduction="elementwise_mean"), expected)
+    assert fused("cross_entropy") == 1
+
+
+def test_inference_tensors_as_torch_takes_them() -> None:
+    for name in LOSSES:
+        with torch.inference_mode():
+            x, t = operands(name)
+        weight = torch.ones(5, requires_grad=True)
+        outcomes: list[Any] = []
+        for patch in (contextlib.nullcontext, fusedstep.patched):
+            try:
+                with patch():
+                    loss = F.__dict__[name](x.clone() * weight, t)
+                outcomes.append(torch.autograd.grad(loss, weight)[0])
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        if name == "l1_loss":
+            torch.testing.assert_close(*outcomes)
+        else:
+            assert outcomes[0] == outcomes[1]
 
 
 def test_compile_traces_ours() -> None:

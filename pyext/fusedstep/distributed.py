@@ -83,8 +83,7 @@ def vocab_parallel_cross_entropy(
         ValueError: ``reduction`` is unknown, shapes or dtypes do not fit together, or ``input`` has
             not as many classes as this rank should hold.
     """
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction!r} is not a valid value for reduction")
+    _check_reduction(reduction)
     group = dist.group.WORLD if group is None else group
     assert group is not None
     class_dim = _class_dim(input)
@@ -137,8 +136,10 @@ def cross_entropy(
 
     Raises:
         IndexError: A class index is out of range, as in :func:`vocab_parallel_cross_entropy`.
-        ValueError: ``target`` is a plain tensor though rows are sharded, or lies on another mesh.
+        ValueError: ``reduction`` is unknown, or ``target`` is a plain tensor though rows are
+            sharded, or lies on another mesh.
     """
+    _check_reduction(reduction)
     mesh, class_dim = input.device_mesh, _class_dim(input)
     is_index = _is_index(input.dtype, input.shape, target, weight)
     is_probability = not is_index and _is_probability(input, target, weight, ignore_index)
@@ -196,6 +197,11 @@ def cross_entropy(
 
 
 # ------------------------------------------------------------------ what is covered
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction!r} is not a valid value for reduction")
 
 
 def _class_dim(logits: Tensor) -> int:
@@ -396,8 +402,11 @@ def _is_differentiated(logits: Tensor) -> bool:
     """Whether a backward pass is to be differentiated itself, and so is left to torch's ops."""
     if is_dynamo_compiling() or not torch.is_grad_enabled():
         return False
-    reason = "a backward pass that is differentiated itself (create_graph=True)"
-    _C.count_fallback("cross_entropy", logits.device, reason)
+    _C.count_fallback(
+        "cross_entropy",
+        logits.device,
+        "a backward pass that is differentiated itself (create_graph=True)",
+    )
     return True
 
 
