@@ -436,7 +436,7 @@ def test_grad_scaler(kind: type[torch.optim.SGD], scheduler: str) -> None:
         params = [nn.Parameter(torch.randn(130))]
         x = torch.randn(130)
         optimizer = kind(params, lr=0.5)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(x.device.type, init_scale=1024.0)
         if scheduler == "before":
             torch.optim.lr_scheduler.ConstantLR(optimizer)
         if patch:
@@ -462,7 +462,7 @@ def test_a_subclass_of_our_sgd_gets_gradients_without_the_scale() -> None:
 
     p = nn.Parameter(torch.zeros(5))
     optimizer = Ours([p], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(p.device.type, init_scale=1024.0)
     scaler.scale(p.sum()).backward()
     scaler.step(optimizer)
     assert torch.equal(p, -torch.ones(5))
