@@ -69,7 +69,7 @@ else
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 endif
 
-clients-test: $(BUILT) $(CLIENTS_INSTALLED)  ## train with Lightning, Accelerate and Transformers
+clients-test: $(BUILT) $(CLIENTS_INSTALLED)  ## train with Lightning, Accelerate, Transformers, timm
 	PYTHONPATH=pyext $(CLIENTS_BIN)/pytest $(PARALLEL) tests/clients
 
 properties: $(BUILT)  ## try new inputs on every property, SECONDS each (ARGS="--device cuda")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._inductor.utils import fresh_cache
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -112,6 +113,49 @@ def test_one_graph_for_every_size(name: str, device: str) -> None:
     assert len(operators(backend.graphs[-1].graph)) == len(REDUCTIONS)
 
 
+BCE_WEIGHTS: list[dict[str, tuple[int, ...]]] = [
+    {"weight": (CLASSES,)},
+    {"weight": (9, 1), "pos_weight": (CLASSES,)},
+    {"weight": (), "pos_weight": (9, CLASSES)},
+]
+
+
+@pytest.mark.parametrize("shapes", BCE_WEIGHTS, ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_of_bce_in_a_graph(
+    shapes: dict[str, tuple[int, ...]], reduction: str, device: str
+) -> None:
+    """Weights of every shape that expands, as inputs of the graph, for any number of rows."""
+    backend = CompileCounterWithBackend("aot_eager")
+    function = partial(F.binary_cross_entropy_with_logits, reduction=reduction)
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
+    for rows in (9, 64, 33):
+        weights = {
+            name: torch.rand([rows if size == 9 else size for size in shape], device=device)
+            for name, shape in shapes.items()
+        }
+        x, t = draw("bce", (rows, CLASSES), device=device)
+        actual = loss_and_grad(lambda x, t=t, w=weights: compiled(x, t, **w), x)
+        torch.testing.assert_close(
+            actual, loss_and_grad(lambda x, t=t, w=weights: function(x, t, **w), x)
+        )
+    assert counters["stats"]["unique_graphs"] == 1
+    assert operators(backend.graphs[-1].graph) == ["fusedstep.pointwise_loss"]
+
+    operands = (
+        *draw("bce", device=device),
+        *(torch.rand(s, device=device) for s in shapes.values()),
+    )
+
+    def step(x: Tensor, t: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return loss_and_grad(lambda x: function(x, t, **dict(zip(shapes, weights, strict=True))), x)
+
+    traced = make_fx(step, tracing_mode="symbolic")(*operands)
+    names = ["fusedstep.pointwise_loss_forward", "fusedstep.pointwise_loss_backward"]
+    assert operators(traced.graph) == names[: 2 if reduction == "none" else 1]
+    torch.testing.assert_close(traced(*operands), step(*operands))
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16, F64], ids=str)
 @pytest.mark.parametrize("name", ["smoothed", "huber"])
 def test_one_graph_in_every_dtype(name: str, dtype: torch.dtype, device: str) -> None:
@@ -161,6 +205,18 @@ def test_what_the_kernels_do_not_cover_is_in_the_graph_as_torchs_own() -> None:
         torch.testing.assert_close(
             actual, loss_and_grad(lambda x: native.mse_loss(x, torch.ones(9, 1)), x)
         )
+    # A weight of another dtype.
+    weight = torch.rand(CLASSES, dtype=F64)
+    results = []
+    for function in (
+        F.binary_cross_entropy_with_logits,
+        native.binary_cross_entropy_with_logits,
+    ):
+        compiled = torch.compile(
+            lambda x, f=function: f(x, x.sigmoid().detach(), weight), backend="aot_eager"
+        )
+        results.append(loss_and_grad(compiled, x))
+    torch.testing.assert_close(*results)
     # A gradient to the target.
     results = []
     for function in (F.cross_entropy, native.cross_entropy):
@@ -201,6 +257,28 @@ def test_generated_code() -> None:
             results.append([loss.detach(), *(p.grad for p in net.parameters())])
         torch.testing.assert_close(*results)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_graphs_on_disk_are_kept_for_these_operators() -> None:
+    """And are not found where an operator takes other arguments."""
+    names = {
+        name.removeprefix("fusedstep::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fusedstep::")
+    }
+    assert names == set(fusedstep._fakes.OPERATORS)
+    compiled = torch.compile(F.cross_entropy, fullgraph=True)
+    x, t = draw("cross_entropy")
+    hits = []
+    with fresh_cache():
+        for tag in ("", "", " of another schema"):
+            torch._dynamo.reset()
+            counters.clear()
+            ours = torch.compiler.config.cache_key_tag
+            with torch.compiler.config.patch(cache_key_tag=ours + tag):
+                compiled(x, t)
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    assert hits == [0, 1, 0] and "fusedstep" in ours
 
 
 # ------------------------------------------------------------------ the optimizer

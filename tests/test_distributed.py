@@ -13,6 +13,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -759,6 +760,73 @@ def check_extreme_logits(device: torch.device) -> None:
         assert x.grad.to_local().count_nonzero() == 0
 
 
+def derivatives(
+    loss: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, order: int = 3
+) -> Iterator[Tensor]:
+    """Of a loss along v: gradients by x of its first derivative, its second and so on; by g, too.
+
+    g is what the loss is multiplied by.
+    """
+    g = torch.tensor(0.7, dtype=v.dtype, device=v.device, requires_grad=True)
+    value = loss(x)
+    value = g * (value.full_tensor() if isinstance(value, DTensor) else value)
+    for _ in range(order):
+        by_x, by_g = torch.autograd.grad(value, (x, g), create_graph=True)
+        yield from (by_x, by_g)
+        value = (by_x * v).sum()
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def check_higher_derivatives(device: torch.device) -> None:
+    """Up to the third, against torch's on the whole."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    flat = init_device_mesh(device.type, (world,))
+    square = init_device_mesh(device.type, (2, world // 2))
+    generator = torch.Generator().manual_seed(0)
+    native = torch.nn.functional.cross_entropy
+    for shape, placements in (
+        ((13,), (Shard(0),)),
+        ((6, 13), (Shard(1),)),
+        ((6, 3), (Shard(1),)),  # a rank without classes
+        ((6, 13), (Shard(0),)),
+        ((6, 13), (Replicate(),)),
+        ((4, 7, 3), (Shard(0), Shard(1))),
+        ((4, 7, 3), (Shard(1), Shard(2))),
+        ((4, 7, 3), (Replicate(), Shard(1))),
+    ):
+        mesh = flat if len(placements) == 1 else square
+        logits, target = (t.to(device) for t in draw_logits(shape, F64, generator))
+        v, weight = (torch.randn(s, generator=generator, dtype=F64) for s in (shape, shape[:2][-1]))
+        v, weight = v.to(device), weight.exp().to(device)
+        for options in ({"weight": weight}, {"label_smoothing": 0.1, "reduction": "sum"}):
+            whole = partial(native, target=target, **options)
+            expected = list(derivatives(whole, logits.requires_grad_(), v))
+            x = distribute_tensor(logits.detach(), mesh, placements).requires_grad_()
+            y = distribute_tensor(target, mesh, of_rows(placements, len(shape)))
+            spread = distribute_tensor(v, mesh, placements)
+            found = derivatives(partial(F.cross_entropy, target=y, **options), x, spread)
+            for ours, theirs in zip(found, expected, strict=True):
+                if isinstance(ours, DTensor):
+                    assert ours.placements == placements
+                    ours = ours.full_tensor()
+                torch.testing.assert_close(ours, theirs, msg=f"{shape} {placements} {options}")
+
+    logits, target = (t.to(device) for t in draw_logits((6, 13), BF16, generator))
+    wide = logits.double().requires_grad_()
+    v = torch.randn(6, 13, generator=generator, dtype=F64).to(device)
+    group = dist.group.WORLD
+    chunk = [part.chunk(world, 1)[rank] for part in (wide.detach(), v)]
+    for x, along in (chunk, [part.to(BF16) for part in chunk]):
+        x = x.requires_grad_()
+        loss = vocab_parallel_cross_entropy(x, target, group=group, num_classes=13)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(gradient, x, along)
+        (gradient,) = torch.autograd.grad(native(wide, target), wide, create_graph=True)
+        (expected_second,) = torch.autograd.grad(gradient, wide, v)
+        near = {"rtol": 0.05, "atol": 2e-3} if x.dtype is BF16 else {}
+        torch.testing.assert_close(second.double(), expected_second.chunk(world, 1)[rank], **near)
+
+
 def check_autocast(device: torch.device) -> None:
     """float32 losses from 16-bit logits, whose gradients stay 16-bit."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -796,8 +864,9 @@ def check_left_to_torch(device: torch.device) -> None:
     other = init_device_mesh(device.type, (1, dist.get_world_size()))
     with pytest.raises(ValueError, match="target is on"):
         F.cross_entropy(x, distribute_tensor(y, other, [Replicate(), Replicate()]))
-    with pytest.raises(ValueError, match="not a valid value for reduction"):
-        F.cross_entropy(x, y, reduction="avg")
+    for function in (F.cross_entropy, fusedstep.distributed.cross_entropy):
+        with pytest.raises(ValueError, match="not a valid value for reduction"):
+            function(x, y, weight=None, ignore_index=-100, reduction="avg", label_smoothing=0.0)
     shape, stride = torch.Size((6, 8)), (8, 1)
     uneven = value[:, : 3 if dist.get_rank() == 0 else 5]  # not as Shard cuts
     x = DTensor.from_local(uneven, mesh, [Shard(1)], shape=shape, stride=stride)
@@ -876,9 +945,6 @@ def check_vocab_parallel(device: torch.device) -> None:
     if device.type == "cpu":
         with pytest.raises(IndexError, match="target 10 at row 0 is out of bounds for 10 classes"):
             vocab_parallel_cross_entropy(x, y + 10, group=group)
-    loss = vocab_parallel_cross_entropy(x.requires_grad_(), y, group=group)
-    with pytest.raises(RuntimeError, match="has no gradient of its own"):
-        torch.autograd.grad(loss, x, create_graph=True)
 
 
 class LanguageModel(nn.Module):
@@ -952,6 +1018,7 @@ def check_compiled(device: torch.device) -> None:
         (4, check_logits_without_torch),
         (3, check_against_loss_parallel),
         (3, check_extreme_logits),
+        (4, check_higher_derivatives),
         (2, check_autocast),
         (2, check_left_to_torch),
         (2, check_out_of_range),

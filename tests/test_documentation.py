@@ -65,8 +65,8 @@ def reasons_in_the_sources() -> set[str]:
         if file.suffix in (".cpp", ".h"):
             reasons.update(re.findall(r'not_covered\(\s*"([^"]+)"', file.read_text()))
     for file in (ROOT / "pyext").rglob("*.py"):
-        calls = re.findall(r"count_fallback\(([^\n]*)\)\n", file.read_text())
-        reasons.update(re.findall(r'"([^"]+)"$', call)[0] for call in calls)
+        call = r'count_fallback\([^"]*(?:"\w+",\s)?[^"]*"([^"]+)"'
+        reasons.update(re.findall(call, file.read_text()))
     return reasons
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -86,7 +87,12 @@ def everything() -> dict[str, Any]:
         multiprocessing.spawn,
         *LOSSES.values(),
     ]
-    return {f"{o.__name__}.{name}": value for o in owners for name, value in vars(o).items()}
+    return {
+        f"{o.__name__}.{name}": value
+        for o in owners
+        for name, value in vars(o).items()
+        if name != "__warningregistry__"
+    }
 
 
 def operands(name: str) -> tuple[Tensor, Tensor]:
@@ -345,6 +351,56 @@ def test_jit_compiles_torchs_own() -> None:
     assert torch.equal(loss, F.cross_entropy(x, t)) and torch.equal(loss, scripted(x, t))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_jit_trace_records_torchs_own(name: str, reduction: str) -> None:
+    """And not the numbers of the call that it watches."""
+    criterion = LOSSES[name](reduction=reduction)
+    x, t = operands(name)
+    with fusedstep.patched():
+        traced = torch.jit.trace(criterion, (x, t))
+        ours = torch.jit.trace(
+            getattr(fusedstep, LOSSES[name].__name__)(reduction=reduction), (x, t)
+        )
+    reasons = fusedstep.stats()[name].fallbacks
+    assert list(reasons) == ["a program that torch.jit.trace records"]
+    torch.jit.save(traced, stored := io.BytesIO())
+    stored.seek(0)
+    x, t = operands(name)
+    for recorded in (traced, ours, torch.jit.load(stored)):
+        assert torch.equal(recorded(x, t), criterion(x, t))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_reduction_by_its_old_name() -> None:
+    x, t = operands("cross_entropy")
+    expected = F.cross_entropy(x, t)
+    with fusedstep.patched(), pytest.warns(UserWarning, match="use reduction='mean'"):
+        torch.testing.assert_close(F.cross_entropy(x, t, reduction="elementwise_mean"), expected)
+    assert fused("cross_entropy") == 1
+
+
+def test_inference_tensors_as_torch_takes_them() -> None:
+    for name in LOSSES:
+        with torch.inference_mode():
+            x, t = operands(name)
+        weight = torch.ones(5, requires_grad=True)
+        outcomes: list[Any] = []
+        for patch in (contextlib.nullcontext, fusedstep.patched):
+            try:
+                with patch():
+                    loss = F.__dict__[name](x.clone() * weight, t)
+                outcomes.append(torch.autograd.grad(loss, weight)[0])
+            except RuntimeError as error:
+                outcomes.append(str(error))
+        if name == "l1_loss":
+            torch.testing.assert_close(*outcomes)
+        else:
+            assert outcomes[0] == outcomes[1]
+
+
 def test_compile_traces_ours() -> None:
     x, t = operands("cross_entropy")
     criterion = nn.CrossEntropyLoss()
@@ -380,7 +436,7 @@ def test_grad_scaler(kind: type[torch.optim.SGD], scheduler: str) -> None:
         params = [nn.Parameter(torch.randn(130))]
         x = torch.randn(130)
         optimizer = kind(params, lr=0.5)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(x.device.type, init_scale=1024.0)
         if scheduler == "before":
             torch.optim.lr_scheduler.ConstantLR(optimizer)
         if patch:
@@ -406,7 +462,7 @@ def test_a_subclass_of_our_sgd_gets_gradients_without_the_scale() -> None:
 
     p = nn.Parameter(torch.zeros(5))
     optimizer = Ours([p], lr=1.0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(p.device.type, init_scale=1024.0)
     scaler.scale(p.sum()).backward()
     scaler.step(optimizer)
     assert torch.equal(p, -torch.ones(5))

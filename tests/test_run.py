@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.usefixtures("cpu_only")
+
+@pytest.fixture(autouse=True)
+def unless_emulated(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--device") == "emulator":
+        pytest.skip("about processes, which know no emulator")
+
 
 SCRIPTS = Path(__file__).parent / "scripts"
 PYTHON = [sys.executable]
@@ -41,12 +46,14 @@ sys.exit(int(sys.argv[1]))
 
 
 def run(
-    command: Sequence[object], cwd: Path, code: int | None = 0
+    command: Sequence[object], cwd: Path, code: int | None = 0, device: str = "cpu"
 ) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder; where the device is the CPU, it sees no other."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | hidden,
         capture_output=True,
         text=True,
         check=False,
@@ -152,20 +159,22 @@ def test_torchrun(tmp_path: Path) -> None:
 
 
 def trained(
-    out: Path, *commands: Sequence[object]
+    device: str, out: Path, *commands: Sequence[object]
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The weights and metrics that a script leaves in a folder."""
     out.mkdir(exist_ok=True)
     for command in commands:
-        done = run(command, out)
+        done = run(command, out, device=device)
         if "--stats" in command:
-            assert_all_fused(done.stderr)
-    return torch.load(out / "net.pt"), json.loads((out / "metrics.json").read_text())
+            assert_all_fused(done.stderr, device)
+    return torch.load(out / "net.pt", map_location="cpu"), json.loads(
+        (out / "metrics.json").read_text()
+    )
 
 
-def assert_all_fused(stats: str) -> None:
+def assert_all_fused(stats: str, device: str) -> None:
     for operator in ("cross_entropy", "SGD"):
-        found = re.search(rf"^{operator} +cpu +(\d+) +(\d+)$", stats, re.MULTILINE)
+        found = re.search(rf"^{operator} +{device} +(\d+) +(\d+)$", stats, re.MULTILINE)
         assert found and int(found[1]) > 0 and int(found[2]) == 0, stats
     assert "patched: torch.nn.functional" in stats
 
@@ -176,17 +185,17 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[k].double() - b[k]).norm() / b[k].double().norm()) for k in a)
 
 
-def test_image_classification_with_checkpoints(tmp_path: Path) -> None:
+def test_image_classification_with_checkpoints(device: str, tmp_path: Path) -> None:
     script = SCRIPTS / "classify_digits.py"
     first, rest = ["--out", ".", "--stop-after", 2], ["--out", ".", "--resume"]
     stats = [*OURS, "--stats"]
-    torchs, expected = trained(tmp_path / "torch", [*PYTHON, script, "--out", "."])
-    whole, _ = trained(tmp_path / "whole", [*stats, script, "--out", "."])
+    torchs, expected = trained(device, tmp_path / "torch", [*PYTHON, script, "--out", "."])
+    whole, _ = trained(device, tmp_path / "whole", [*stats, script, "--out", "."])
     (tmp_path / "halves").mkdir()
-    run([*stats, script, *first], tmp_path / "halves")
+    run([*stats, script, *first], tmp_path / "halves", device=device)
     shutil.copytree(tmp_path / "halves", tmp_path / "mixed")
-    halves, metrics = trained(tmp_path / "halves", [*stats, script, *rest])
-    mixed, _ = trained(tmp_path / "mixed", [*PYTHON, script, *rest])
+    halves, metrics = trained(device, tmp_path / "halves", [*stats, script, *rest])
+    mixed, _ = trained(device, tmp_path / "mixed", [*PYTHON, script, *rest])
     # A checkpoint loses nothing: the same bits as without a stop.
     assert all(torch.equal(halves[k], whole[k]) for k in whole)
     # Roundings of the loss in float32, which 96 steps amplify.
@@ -196,20 +205,20 @@ def test_image_classification_with_checkpoints(tmp_path: Path) -> None:
     assert expected["accuracy"] > 0.85
 
 
-def test_segmentation_with_ignored_pixels(tmp_path: Path) -> None:
+def test_segmentation_with_ignored_pixels(device: str, tmp_path: Path) -> None:
     script = SCRIPTS / "segment_shapes.py"
-    torchs, expected = trained(tmp_path / "torch", [*PYTHON, script, "."])
-    ours, metrics = trained(tmp_path / "ours", [*OURS, "--stats", script, "."])
+    torchs, expected = trained(device, tmp_path / "torch", [*PYTHON, script, "."])
+    ours, metrics = trained(device, tmp_path / "ours", [*OURS, "--stats", script, "."])
     assert distance(ours, torchs) < 1e-4  # roundings of the loss in float32, amplified by 40 steps
     assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert metrics["mean_iou"] == pytest.approx(expected["mean_iou"], rel=1e-3)
     assert expected["mean_iou"] > 0.8
 
 
-def test_language_model_with_mixed_precision(tmp_path: Path) -> None:
+def test_language_model_with_mixed_precision(device: str, tmp_path: Path) -> None:
     script = SCRIPTS / "language_model.py"
-    torchs, expected = trained(tmp_path / "torch", [*PYTHON, script, "."])
-    ours, metrics = trained(tmp_path / "ours", [*OURS, "--stats", script, "."])
+    torchs, expected = trained(device, tmp_path / "torch", [*PYTHON, script, "."])
+    ours, metrics = trained(device, tmp_path / "ours", [*OURS, "--stats", script, "."])
     # bfloat16 has 8 bits: the gradient of the logits is rounded elsewhere, to within 2^-9, in every
     # one of 60 steps.
     assert distance(ours, torchs) < 2e-2

@@ -154,6 +154,7 @@ Covered<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& ta
                                           std::int64_t ignore_index, double label_smoothing) {
     if (!has_kernels(logits)) return not_covered("a device without kernels");
     if (in_functorch()) return not_covered("a torch.func transform");
+    if (in_jit_trace()) return not_covered("a program that torch.jit.trace records");
     if (!is_plain_strided(logits)) return not_covered("input is sparse, or wrapped by a transform");
     if (!is_plain_strided(target)) {
         return not_covered("target is sparse, or wrapped by a transform");

@@ -89,10 +89,7 @@ Covered<> covered_factor(const OptionalTensor& factor, const Tensor& input) {
     if (factor->scalar_type() != input.scalar_type()) {
         return not_covered("a weight of another dtype than input");
     }
-    if (factor->is_meta() || is_symbolic(*factor)) {
-        return not_covered("a weight in a traced program");
-    }
-    if (!at::is_expandable_to(factor->sizes(), input.sizes())) {
+    if (!at::is_expandable_to(factor->sym_sizes(), input.sym_sizes())) {
         return not_covered("a weight that does not expand to the shape of input");
     }
     return covered;
@@ -103,6 +100,7 @@ Covered<at::ScalarType> covered_loss_type(const Call& call) {
     const auto& [input, target, weight, pos_weight, kind, reduction, parameter] = call;
     if (!has_kernels(input)) return not_covered("a device without kernels");
     if (in_functorch()) return not_covered("a torch.func transform");
+    if (in_jit_trace()) return not_covered("a program that torch.jit.trace records");
     if (!is_plain_strided(input)) return not_covered("input is sparse, or wrapped by a transform");
     if (!is_plain_strided(target)) {
         return not_covered("target is sparse, or wrapped by a transform");
@@ -131,6 +129,10 @@ Covered<at::ScalarType> covered_loss_type(const Call& call) {
         if (target.scalar_type() != input.scalar_type()) {
             return not_covered("a target of another dtype that requires a gradient");
         }
+    }
+    if (kind == Kind::l1 && (input.is_inference() || target.is_inference()) &&
+        c10::GradMode::is_enabled() && (input.requires_grad() || target.requires_grad())) {
+        return not_covered("an inference tensor, which cannot be saved for backward");
     }
     at::ScalarType const type = input.scalar_type();
     if (!kernel_dtype(type)) return not_covered("a dtype that the kernels do not compute");

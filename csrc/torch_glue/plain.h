@@ -60,6 +60,12 @@ inline bool in_functorch() {
         c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Whether torch.jit.trace is recording operators on this thread: what a kernel computes without one
+// it would take for a constant.
+inline bool in_jit_trace() {
+    return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
+}
+
 // Whether every operator call is being recorded or replaced (fake tensors, proxies, export).
 inline bool in_dispatch_mode() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 

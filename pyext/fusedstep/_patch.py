@@ -145,7 +145,8 @@ def patch() -> None:
 
     Calling it again changes nothing. It holds for all threads, for processes that are forked, and
     for those that :mod:`multiprocessing` spawns. Code that ``torch.compile`` has compiled stays
-    what it was when it was compiled, and ``torch.jit.script`` compiles torch's own functions.
+    what it was when it was compiled; ``torch.jit.script`` compiles torch's own functions, and
+    ``torch.jit.trace`` records them.
     """
     global _on
     with _lock:

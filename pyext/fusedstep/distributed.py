@@ -21,6 +21,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from fusedstep import _C
+
 __all__ = ["cross_entropy", "vocab_parallel_cross_entropy"]
 
 _Group = ProcessGroup | tuple[DeviceMesh, int]
@@ -52,7 +54,8 @@ def vocab_parallel_cross_entropy(
     .. math::
         m = \max_r m_r, \qquad S = \sum_r S_r e^{m_r - m}, \qquad \ell = \log S - (x_y - m),
 
-    so that no rank ever holds the logits of another. The backward pass communicates nothing.
+    so that no rank ever holds the logits of another. The backward pass communicates nothing; with
+    ``create_graph=True`` torch's operators compute it, and passes behind it add up over the ranks.
 
     Args:
         input: This rank's logits, of shape ``(C_r)``, ``(N, C_r)`` or ``(N, C_r, d1, ..., dK)``
@@ -79,10 +82,8 @@ def vocab_parallel_cross_entropy(
             and under ``torch.compile`` the loss and the gradient of its row are NaN instead.
         ValueError: ``reduction`` is unknown, shapes or dtypes do not fit together, or ``input`` has
             not as many classes as this rank should hold.
-        RuntimeError: In a backward pass with ``create_graph=True``: there is no double backward.
     """
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction!r} is not a valid value for reduction")
+    _check_reduction(reduction)
     group = dist.group.WORLD if group is None else group
     assert group is not None
     class_dim = _class_dim(input)
@@ -135,9 +136,10 @@ def cross_entropy(
 
     Raises:
         IndexError: A class index is out of range, as in :func:`vocab_parallel_cross_entropy`.
-        RuntimeError: In a backward pass with ``create_graph=True``: there is no double backward.
-        ValueError: ``target`` is a plain tensor though rows are sharded, or lies on another mesh.
+        ValueError: ``reduction`` is unknown, or ``target`` is a plain tensor though rows are
+            sharded, or lies on another mesh.
     """
+    _check_reduction(reduction)
     mesh, class_dim = input.device_mesh, _class_dim(input)
     is_index = _is_index(input.dtype, input.shape, target, weight)
     is_probability = not is_index and _is_probability(input, target, weight, ignore_index)
@@ -188,10 +190,18 @@ def cross_entropy(
         else:
             loss = loss / math.prod(_rows_shape(input.shape))
     reduced = [Partial() if p.is_shard() else Replicate() for p in row_placements]
+    for dim, placement in enumerate(row_placements):
+        if placement.is_shard():
+            loss = _PartOfSum.apply(loss, (mesh, dim))  # type: ignore[no-untyped-call]
     return DTensor.from_local(loss.to(loss_dtype), mesh, reduced)
 
 
 # ------------------------------------------------------------------ what is covered
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction!r} is not a valid value for reduction")
 
 
 def _class_dim(logits: Tensor) -> int:
@@ -295,6 +305,57 @@ def _local(name: str, tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Pla
     return tensor
 
 
+# ------------------------------------------------------------------ derivatives over ranks
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of what each rank of a group has; the same on every rank, and so its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: _Group) -> Tensor:
+        ctx.group = group
+        whole: Tensor = funcol.wait_tensor(funcol.all_reduce(part, "sum", group))
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return _ForEachRank.apply(grad_output, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+class _ForEachRank(torch.autograd.Function):
+    """A tensor that is the same on every rank of a group, of which each rank makes something else.
+
+    Its gradient is the sum of what arrives on the ranks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: _Group) -> Tensor:
+        ctx.group = group
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return _SumOverRanks.apply(grad_output, ctx.group), None  # type: ignore[no-untyped-call]
+
+
+class _PartOfSum(torch.autograd.Function):
+    """A rank's part of a sum over the ranks of a group, whose gradient is the same on all.
+
+    DTensor would take what is made of that gradient for the same on every rank, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: _Group) -> Tensor:
+        ctx.group = group
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        if is_dynamo_compiling() or not torch.is_grad_enabled():
+            return grad_output, None
+        return _ForEachRank.apply(grad_output, ctx.group), None  # type: ignore[no-untyped-call]
+
+
 # ------------------------------------------------------------------ rows
 
 
@@ -337,12 +398,16 @@ def _forward(
     return rows, stats
 
 
-def _refuse_double_backward() -> None:
-    if not is_dynamo_compiling() and torch.is_grad_enabled():
-        raise RuntimeError(
-            "cross_entropy: the gradient of distributed logits has no gradient of its own "
-            "(create_graph=True); torch.nn.functional.cross_entropy has one"
-        )
+def _is_differentiated(logits: Tensor) -> bool:
+    """Whether a backward pass is to be differentiated itself, and so is left to torch's ops."""
+    if is_dynamo_compiling() or not torch.is_grad_enabled():
+        return False
+    _C.count_fallback(
+        "cross_entropy",
+        logits.device,
+        "a backward pass that is differentiated itself (create_graph=True)",
+    )
+    return True
 
 
 class _RowLosses(torch.autograd.Function):
@@ -364,8 +429,18 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        _refuse_double_backward()
         logits, target, weight, stats = ctx.saved_tensors
+        if _is_differentiated(logits):
+            dtype = _accumulate_dtype(logits)
+            rows = torch.ops.aten.cross_entropy_loss(
+                logits.to(dtype),
+                target if target.dtype == torch.int64 else target.to(dtype),
+                None if weight is None else weight.to(dtype),
+                _NO_REDUCTION,
+                *ctx.options,
+            )
+            (grad,) = torch.autograd.grad(rows, logits, grad_output, create_graph=True)
+            return grad, None, None, None, None
         grad = torch.ops.fusedstep.cross_entropy_backward(
             grad_output, logits, target, weight, *ctx.options, stats
         )
@@ -444,19 +519,49 @@ class _ClassParallelRowLosses(torch.autograd.Function):
         exp_sum = torch.where(peaks == -torch.inf, 0, exp_sums * (peaks - peak).exp()).sum(0)
         counts = target != _IGNORED
         stats = torch.stack((peak, counts / exp_sum, mine & counts), -1).flatten()
+        ctx.group = group
         ctx.save_for_backward(logits, target, torch.cat((stats, stats.new_ones(1))))
         return exp_sum.log() - (at_targets.sum(0) - peak)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
-        _refuse_double_backward()
         logits, target, stats = ctx.saved_tensors
+        if _is_differentiated(logits):
+            grad = _differentiable_gradient(grad_output, logits, target, stats, ctx.group)
+            return grad, None, None, None, None
         if logits.numel() == 0:
             return torch.empty_like(logits), None, None, None, None
         grad = torch.ops.fusedstep.cross_entropy_backward(
             grad_output, logits, target, None, _IGNORED, 0.0, stats
         )
         return grad, None, None, None, None
+
+
+def _differentiable_gradient(
+    grad_output: Tensor, logits: Tensor, target: Tensor, stats: Tensor, group: _Group
+) -> Tensor:
+    """The gradient of a shard's row losses, g (p_c - [c = y]), of ops that can be differentiated.
+
+    Takes what :class:`_ClassParallelRowLosses` has saved.
+    """
+    class_dim = _class_dim(logits)
+
+    def for_each_class(rows: Tensor) -> Tensor:
+        return rows.unsqueeze(class_dim)
+
+    peak, _, mine = stats[:-1].view(*target.shape, 3).unbind(-1)
+    counts = for_each_class(target != _IGNORED)
+    exps = torch.where(counts, logits.to(stats.dtype) - for_each_class(peak), 0).exp()
+    exp_sum = _SumOverRanks.apply(exps.sum(class_dim), group)  # type: ignore[no-untyped-call]
+    exp_sum, g = (
+        _ForEachRank.apply(rows, group)  # type: ignore[no-untyped-call]
+        for rows in (exp_sum, grad_output)
+    )
+    classes = torch.arange(logits.shape[class_dim], device=logits.device)
+    classes = classes.view(-1, *[1] * (logits.dim() - 1 - class_dim))
+    one_hot = (classes == for_each_class(target)) * for_each_class(mine)
+    grad = for_each_class(g) * (exps / for_each_class(exp_sum) - one_hot)
+    return torch.where(counts, grad, 0).to(logits.dtype)
 
 
 def _shard_sums(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

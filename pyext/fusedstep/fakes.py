@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
+import torch.compiler.config
 from torch import Tensor
+
+OPERATORS = (
+    "cross_entropy",
+    "cross_entropy_with_lse",
+    "focal_loss",
+    "cross_entropy_forward",
+    "cross_entropy_backward",
+    "pointwise_loss",
+    "pointwise_loss_forward",
+    "pointwise_loss_backward",
+)
+
+# torch.compile keeps graphs on disk and finds them again by the names of their operators. A graph
+# that was compiled for operators with other arguments must not be found.
+_schemas = "".join(str(torch._C._get_schema(f"fusedstep::{name}", "")) for name in OPERATORS)
+_digest = hashlib.sha256(_schemas.encode()).hexdigest()[:16]
+torch.compiler.config.cache_key_tag += f" fusedstep {_digest}"
 
 
 def _check_devices(input: Tensor, target: Tensor) -> None:

@@ -121,9 +121,8 @@ def cross_entropy(
     if type(input) is not Tensor and _is_dtensor(input):
         from fusedstep import distributed
 
-        return distributed.cross_entropy(
-            input, target, weight, ignore_index, reduction, label_smoothing
-        )
+        name = list(_REDUCTIONS)[code]
+        return distributed.cross_entropy(input, target, weight, ignore_index, name, label_smoothing)
     if _is_traced(input):
         loss: Tensor = torch.ops.fusedstep.cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
@@ -283,6 +282,9 @@ def l1_loss(
     Raises:
         ValueError: ``reduction`` is unknown, or the size of ``weight`` is not that of ``input``.
         RuntimeError: Shapes cannot be broadcast, or dtypes do not fit together.
+
+    With ``reduction="none"``, and for 16 bits, the backward pass may read ``input`` and ``target``
+    again: changing them in place in between raises autograd's RuntimeError.
 
     Arguments outside the above (other devices or dtypes, tensor subclasses, ``torch.func``
     transforms, forward-mode differentiation) go to torch's own op.
@@ -446,9 +448,8 @@ def _pointwise_loss(
 
 def _reduction_code(reduction: str) -> int:
     code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    if code is None:
-        raise ValueError(f"{reduction!r} is not a valid value for reduction")
-    return code
+    # What else torch takes (with a warning), or its error.
+    return _Reduction.get_enum(reduction) if code is None else code
 
 
 def _fused(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:

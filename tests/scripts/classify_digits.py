@@ -40,13 +40,14 @@ def main():
     checkpoint_path = args.out / "checkpoint.pt"
 
     digits = load_digits()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
     train_set = TensorDataset(images[:1500], labels[:1500])
     test_images, test_labels = images[1500:], labels[1500:]
 
     torch.manual_seed(0)
-    net = Net()
+    net = Net().to(device)
     criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
     optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     scheduler = CosineAnnealingLR(optimizer, T_max=args.epochs)
@@ -67,7 +68,7 @@ def main():
         total = 0.0
         for inputs, targets in loader:
             optimizer.zero_grad()
-            loss = criterion(net(inputs), targets)
+            loss = criterion(net(inputs.to(device)), targets.to(device))
             loss.backward()
             optimizer.step()
             total += loss.item() * len(inputs)
@@ -85,7 +86,7 @@ def main():
 
     net.eval()
     with torch.no_grad():
-        logits = net(test_images)
+        logits = net(test_images.to(device)).cpu()
         test_loss = nn.functional.cross_entropy(logits, test_labels).item()
     accuracy = (logits.argmax(1) == test_labels).float().mean().item()
     print(f"test: loss {test_loss:.4f}, accuracy {accuracy:.3f}")

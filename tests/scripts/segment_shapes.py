@@ -48,7 +48,8 @@ def mean_iou(prediction, label):
 
 def main(out):
     torch.manual_seed(0)
-    images, labels = make_set(64, seed=1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, labels = (data.to(device) for data in make_set(64, seed=1))
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.BatchNorm2d(16),
@@ -57,8 +58,8 @@ def main(out):
         nn.BatchNorm2d(16),
         nn.ReLU(inplace=True),
         nn.Conv2d(16, CLASSES, 1),
-    )
-    class_weight = torch.tensor([0.5, 1.0, 1.0])
+    ).to(device)
+    class_weight = torch.tensor([0.5, 1.0, 1.0], device=device)
     criterion = nn.CrossEntropyLoss(weight=class_weight, ignore_index=IGNORE)
     optimizer = optim.SGD(
         [
@@ -82,7 +83,7 @@ def main(out):
         print(f"epoch {epoch + 1}: loss {loss.item():.4f}")
 
     model.eval()
-    images, labels = make_set(16, seed=2)
+    images, labels = (data.to(device) for data in make_set(16, seed=2))
     with torch.no_grad():
         logits = model(images)
         loss = criterion(logits, labels).item()
