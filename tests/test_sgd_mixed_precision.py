@@ -325,6 +325,22 @@ def test_a_float32_parameter_with_16_bit_gradients_has_no_master_weight() -> Non
     assert_same(ours, theirs)
 
 
+def test_momentum_of_wide_parameters_is_loaded_as_torch_loads_it() -> None:
+    """A float64 parameter keeps no float32 momentum of a run in another dtype."""
+    params = parameters([100, 33], F64)
+    twins = clones(params)
+    saved = SGD(parameters([100, 33], F32), **MOMENTUM)
+    set_random_grads(saved.param_groups[0]["params"])
+    saved.step()
+    ours, theirs = SGD(params, lr=7.0, master_weights=True), NativeSGD(twins, lr=7.0)
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(through_a_file(saved.state_dict()))
+    set_random_grads(params, twins)
+    ours.step()
+    theirs.step()
+    assert_same(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_resumed_run_is_the_same_bits(dtype: torch.dtype, device: str, on_cuda: bool) -> None:
     params = parameters([100, 33, (4, 5)], dtype, device)

@@ -43,6 +43,9 @@ using at::Tensor;
 
 [[maybe_unused]] constexpr const char* kOp = "SGD.step";
 
+// A thread takes at least so many chunks: 32,768 elements, as in torch's own elementwise kernels.
+constexpr std::int64_t kGrain = 32768 / kChunk;
+
 // ---- Python objects ----
 
 struct Keys {
@@ -465,6 +468,10 @@ private:
     Covered<> add(const py::object& param, const Covered<Options>& options);
     Covered<> add_covered(const py::object& param_object, const Options& options);
     Share& share_on(c10::Device device);
+    // Whether parameters share memory that would not be updated in their order.
+    static bool any_overlap(const Share& share);
+    // Where any do, makes a share of each entry: shares are run one after the other.
+    void separate_overlapping();
     Step step_of(const Share& share) const;
     Step step_on_cuda(const Share& share) const;
     void run_on_cpu(const Share& share);
@@ -698,8 +705,6 @@ Step StepPlan::step_of(const Share& share) const {
 }
 
 void StepPlan::run_on_cpu(const Share& share) {
-    // A thread takes at least 32,768 elements, as in torch's own elementwise kernels.
-    constexpr std::int64_t kGrain = 32768 / kChunk;
     // From a million elements on (half a millisecond from memory) other Python threads may run.
     constexpr std::int64_t kReleaseGil = (std::int64_t{1} << 20) / kChunk;
 
@@ -765,13 +770,45 @@ void StepPlan::run_on_cuda(const Share& share) {
 
 #else
 
-Step StepPlan::step_on_cuda(const Share& share) const { return step_of(share); }
 void StepPlan::prepare_on_cuda(Share&) {}
 void StepPlan::run_on_cuda(const Share&) {}
 
 #endif
 
+bool StepPlan::any_overlap(const Share& share) {
+    bool const in_order =  // of entries, which one thread keeps
+        !runs_on_cuda(share.device) && (share.chunks <= kGrain || at::get_num_threads() == 1);
+    if (in_order || share.entries.size() < 2) return false;
+    using Range = std::pair<std::uintptr_t, std::uintptr_t>;
+    c10::SmallVector<Range, 64> ranges;
+    for (const Tensors& of_entry : share.tensors) {
+        auto const begin = reinterpret_cast<std::uintptr_t>(of_entry.param.const_data_ptr());
+        if (of_entry.param.numel() != 0) ranges.push_back({begin, begin + of_entry.param.nbytes()});
+    }
+    if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
+    auto const overlap = [](const Range& a, const Range& b) { return b.first < a.second; };
+    return std::adjacent_find(ranges.begin(), ranges.end(), overlap) != ranges.end();
+}
+
+void StepPlan::separate_overlapping() {
+    if (std::none_of(shares_.begin(), shares_.end(), any_overlap)) return;
+    c10::SmallVector<Share, 1> separated;
+    for (const Share& share : shares_) {
+        for (std::size_t i = 0; i < share.entries.size(); ++i) {
+            Share& one = separated.emplace_back(share.device);
+            one.entries.push_back(share.entries[i]);
+            one.entries[0].extent = {0, share.tensors[i].param.numel()};
+            one.chunks = one.entries[0].extent.end_chunk();
+            one.tensors.push_back(share.tensors[i]);
+            if (!share.precisions.empty()) one.precisions.push_back(share.precisions[i]);
+            one.is_ordinary = share.is_ordinary;
+        }
+    }
+    shares_ = std::move(separated);
+}
+
 void StepPlan::prepare() {
+    separate_overlapping();
     for (Share& share : shares_) {
         if (runs_on_cuda(share.device)) prepare_on_cuda(share);
     }

@@ -31,6 +31,7 @@ __all__ = ["SGD"]
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
+_HALVES = (torch.bfloat16, torch.float16)
 _HYPERPARAMETERS = {
     "lr": "learning rate",
     "momentum": "momentum value",
@@ -341,6 +342,8 @@ class SGD(torch.optim.SGD):
         ids = (param_id for group in loaded["param_groups"] for param_id in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for param_id, param in zip(ids, params, strict=True):
+            if param.dtype not in _HALVES:
+                continue
             for key in ("momentum_buffer", "master_param"):
                 value = loaded["state"].get(param_id, {}).get(key)
                 if isinstance(value, Tensor) and value.dtype == torch.float32:
@@ -467,7 +470,7 @@ class SGD(torch.optim.SGD):
 
     def _master_of(self, param: Tensor) -> Tensor:
         """The float32 weights behind a 16-bit parameter; the parameter itself where it has none."""
-        if not self.master_weights or param.dtype not in (torch.bfloat16, torch.float16):
+        if not self.master_weights or param.dtype not in _HALVES:
             return param
         with torch.no_grad():
             master: Tensor | None = self.state[param].get("master_param")
