@@ -141,6 +141,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
              py::arg("master_weights"), py::arg("seed"));
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
     m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::sgd::step_in_backward));
+    m.def("sgd_refuse_capture", torch::wrap_pybind_function(&fusedstep::sgd::refuse_capture));
     m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
     m.def("call_counts", &call_counts);
     m.def("reset_call_counts", &fusedstep::CallCounter::reset_all);

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -60,6 +61,51 @@ def test_a_captured_backward_leaves_what_its_forward_saved(
     }
     if dtype is F32:  # torch's own product into new memory
         assert (len(in_place), len(elsewhere)) == (1, 0)
+
+
+FIRST_STEPS: dict[str, tuple[Callable[[Tensor], Tensor], dict[str, Any]]] = {
+    "momentum": (torch.clone, {"momentum": 0.9}),
+    "momentum, by torch's functions": (lambda x: x[::2], {"momentum": 0.9}),
+    "master weights": (torch.clone, {"master_weights": True}),
+    "master weights, by torch's functions": (lambda x: x[::2], {"master_weights": True}),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_STEPS)
+def test_a_step_that_makes_state_is_not_captured(
+    name: str, device: str, on_cuda: bool, request: pytest.FixtureRequest
+) -> None:
+    """Replays would make it anew: momentum would always be the gradient, and master weights the
+    parameter. A captured step after one that is not finds the state where it was."""
+    if not on_cuda:
+        pytest.skip("captures a CUDA graph, or has the emulator say so")
+    emulated = request.config.stash.get(EMULATED, None)
+    view, options = FIRST_STEPS[name]
+
+    def capture() -> AbstractContextManager[Any]:
+        return emulated.capture(1) if emulated else torch.cuda.graph(torch.cuda.CUDAGraph())
+
+    def tensors() -> list[Tensor]:
+        return [t for state in optimizer.state.values() for t in state.values()]
+
+    dtype = BF16 if "master_weights" in options else F32
+    params = [nn.Parameter(view(torch.randn(200, device=device).to(dtype))) for _ in range(2)]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = fusedstep.SGD(params, lr=0.1, **options)
+    kept = [param.detach().clone() for param in params]
+    with pytest.raises(RuntimeError, match="cannot be captured"), capture():
+        optimizer.step()
+    assert not tensors()
+    for param, before in zip(params, kept, strict=True):
+        identical(param.detach(), before)
+
+    optimizer.step()
+    made = tensors()
+    assert len(made) == 2
+    with capture():
+        optimizer.step()
+    assert all(a is b for a, b in zip(tensors(), made, strict=True))
 
 
 # ------------------------------------------------------------------ on a card

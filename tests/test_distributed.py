@@ -330,10 +330,10 @@ def test_data_parallel(ranks: Ranks, world: int, check: Callable[[torch.device],
 
 
 def sharded(
-    device: torch.device, mesh: DeviceMesh | None = None, policy: MixedPrecisionPolicy | None = None
+    device: torch.device, policy: MixedPrecisionPolicy | None = None, dtype: torch.dtype = F32
 ) -> nn.Sequential:
-    model = network(device)
-    mesh = mesh or init_device_mesh(device.type, (dist.get_world_size(),))
+    model = network(device, dtype)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     options: dict[str, Any] = {"mesh": mesh} | ({"mp_policy": policy} if policy else {})
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -479,9 +479,180 @@ def check_gradients_elsewhere(device: torch.device) -> None:
             identical(ours, theirs)
 
 
+def two_dimensions(device: torch.device) -> tuple[DeviceMesh, list[list[Placement]]]:
+    """A mesh, and placements of two dimensions on it: those of one rank where that is all there is
+    in a dimension of the mesh."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size() // 2, 2))
+    kinds: list[list[Placement]] = [
+        [Replicate(), Shard(0)],
+        [Shard(0), Replicate()],
+        [Shard(0), Shard(1)],
+        [Replicate(), Shard(1)],
+        [Replicate(), Replicate()],
+    ]
+    return mesh, kinds
+
+
+SHAPES = ((101, 3), (1, 150), (4, 50))  # over ranks unevenly, also such that some hold nothing
+
+
+def check_master_weights(device: torch.device) -> None:
+    """Those of a float32 run in one process, laid out as the parameters."""
+    mesh, kinds = two_dimensions(device)
+    for placements, options in itertools.product(kinds, OPTIONS):
+        torch.manual_seed(0)
+        wholes = [torch.randn(shape, device=device).to(BF16) for shape in SHAPES]
+        params = [nn.Parameter(distribute_tensor(w.clone(), mesh, placements)) for w in wholes]
+        twins = [nn.Parameter(w.float()) for w in wholes]
+        ours = OnlyKernels(params, **options, master_weights=True)
+        theirs = native_sgd(twins, **options)
+        for _ in range(3):
+            for param, twin in zip(params, twins, strict=True):
+                grad = torch.randn(twin.shape, device=device).to(BF16)
+                param.grad = distribute_tensor(grad, mesh, placements)
+                twin.grad = grad.float()
+            ours.step()
+            theirs.step()
+        for param, twin in zip(params, twins, strict=True):
+            expected = {"master_param": twin.detach(), **theirs.state[twin]}
+            for name, state in ours.state[param].items():
+                assert state.dtype == F32 and state.placements == param.placements
+                torch.testing.assert_close(state.full_tensor(), expected[name])
+            rounded = ours.state[param]["master_param"].to_local().to(BF16)
+            identical(param.detach().to_local(), rounded)
+
+
+def check_master_weights_by_torch(device: torch.device) -> None:
+    """The same state where torch's functions take over, for a gradient that is a sum over ranks."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    torch.manual_seed(0)
+    whole = torch.randn(150, 3, device=device).to(BF16)
+    param = nn.Parameter(distribute_tensor(whole.clone(), mesh, [Replicate()]))
+    twin = nn.Parameter(whole.float())
+    ours = fusedstep.SGD([param], **MOMENTUM, master_weights=True)
+    theirs = native_sgd([twin], **MOMENTUM)
+    for index in range(4):
+        grads = [torch.randn(150, 3, device=device).to(BF16) for _ in range(dist.get_world_size())]
+        local = grads[dist.get_rank()]
+        if index % 2:
+            param.grad = DTensor.from_local(local, mesh, [Partial()])
+            twin.grad = torch.stack(grads).float().sum(0)
+        else:
+            param.grad = distribute_tensor(grads[0], mesh, [Replicate()])
+            twin.grad = grads[0].float()
+        ours.step()
+        theirs.step()
+        for name, expected in {"master_param": twin.detach(), **theirs.state[twin]}.items():
+            torch.testing.assert_close(ours.state[param][name].full_tensor(), expected)
+
+
+def check_stochastic_rounding(device: torch.device) -> None:
+    """The documented function of this rank's part: ranks with the same part draw the same."""
+    mesh, kinds = two_dimensions(device)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    for placements in kinds:
+        part = 0
+        for dim, placement in enumerate(placements):
+            if not placement.is_replicate():
+                part = part * mesh.size(dim) + coordinate[dim]
+        torch.manual_seed(0)
+        wholes = [torch.randn(shape, device=device).to(BF16) for shape in SHAPES]
+        params = [nn.Parameter(distribute_tensor(w, mesh, placements)) for w in wholes]
+        optimizer = OnlyKernels(params, lr=0.25, stochastic_rounding=True, seed=7)
+        for index in range(3):
+            expected = []
+            for place, param in enumerate(params):
+                grad = torch.randn(param.shape, device=device).to(BF16)
+                param.grad = distribute_tensor(grad, mesh, placements)
+                before, local = (x.to_local().double() for x in (param.detach(), param.grad))
+                exact = (before - 0.25 * local).float()
+                assert exact.is_contiguous()
+                random = reference.random_bits(7, place + part * 2**32, index, range(exact.numel()))
+                rounded = reference.stochastically_rounded(exact.flatten(), random)
+                expected.append(rounded.view_as(exact))
+            optimizer.step()
+            identical([p.detach().to_local().cpu() for p in params], expected)
+
+
+def check_draws_of_ranks(device: torch.device) -> None:
+    """Parts of one parameter are rounded by numbers of their own: two sets of fair coins agree on
+    half of them, within five standard deviations."""
+    mesh = init_device_mesh(device.type, (2,))
+    param = nn.Parameter(distribute_tensor(torch.ones(200_000, dtype=BF16), mesh, [Shard(0)]))
+    param.grad = torch.full_like(param, -(2.0**-8))
+    OnlyKernels([param], lr=1.0, stochastic_rounding=True).step()
+    halves = param.full_tensor().detach().view(2, -1) > 1
+    agree = (halves[0] == halves[1]).sum().item()
+    assert abs(agree - 50_000) <= 5 * 25_000**0.5
+
+
+def check_rounding_of_sums_is_refused(device: torch.device) -> None:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = torch.ones(150, device=device, dtype=BF16)
+    param = nn.Parameter(distribute_tensor(whole, mesh, [Replicate()]))
+    summand = nn.Parameter(DTensor.from_local(whole, mesh, [Partial()]))
+    param.grad = DTensor.from_local(whole.clone(), mesh, [Partial()])
+    summand.grad = DTensor.from_local(whole.clone(), mesh, [Partial()])
+    for params, options, reason in (
+        ([param], {"stochastic_rounding": True}, "a gradient placed unlike its parameter"),
+        ([summand], {"stochastic_rounding": True}, "a DTensor of partial sums"),
+        ([summand], {"master_weights": True}, "a DTensor of partial sums"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
+            fusedstep.SGD(params, lr=0.1, **options).step()
+    assert (param.to_local() == 1).all() and (summand.to_local() == 1).all()
+
+
+def check_rounded_fsdp(device: torch.device, folder: str) -> None:
+    """bfloat16 models under FSDP2: a checkpoint goes on to the same bits."""
+    for options in ({"master_weights": True}, {"stochastic_rounding": True, "seed": 3}):
+        model = sharded(device, dtype=BF16)
+        optimizer = OnlyKernels(model.parameters(), **MOMENTUM, **options)
+
+        def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+            for index in steps:
+                images, labels = batch(index, device, dtype=BF16, ignored=0)
+                step(model, optimizer, fusedstep.CrossEntropyLoss(), (images, labels))
+
+        train(model, optimizer, range(2))
+        states = get_state_dict(model, optimizer)
+        path = f"{folder}/{next(iter(options))}"
+        dcp.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=path)
+        other = sharded(device, dtype=BF16)
+        resumed = OnlyKernels(other.parameters(), lr=7.0, momentum=0.1, **options)
+        states = get_state_dict(other, resumed)
+        dcp.load({"model": states[0], "optimizer": states[1]}, checkpoint_id=path)
+        set_state_dict(other, resumed, model_state_dict=states[0], optim_state_dict=states[1])
+        for _ in range(2):
+            for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
+                same_shards(ours.detach(), theirs.detach())
+                of_ours, of_theirs = resumed.state[ours], optimizer.state[theirs]
+                assert of_ours.keys() == of_theirs.keys() and len(of_ours) == 2
+                for name, value in of_theirs.items():
+                    if isinstance(value, Tensor):
+                        assert of_ours[name].dtype == value.dtype
+                        same_shards(of_ours[name], value)
+                    else:
+                        assert of_ours[name] == value
+            train(model, optimizer, [2])
+            train(other, resumed, [2])
+
+
+def test_checkpoints_of_rounded_parameters(ranks: Ranks, tmp_path: Path) -> None:
+    ranks(2, check_rounded_fsdp, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("world", "check"),
     [
+        (2, check_master_weights),
+        (4, check_master_weights),
+        (2, check_master_weights_by_torch),
+        (2, check_stochastic_rounding),
+        (4, check_stochastic_rounding),
+        (2, check_draws_of_ranks),
+        (2, check_rounding_of_sums_is_refused),
         (4, check_fsdp),
         (3, check_fsdp_is_one_process),
         (2, check_fsdp_with_scaler),

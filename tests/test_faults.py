@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fusedstep
 import fusedstep.functional as F
-from numerics import identical
+from numerics import BF16, F32, identical
 from test_cpu_levels import LEVELS, machine_has
 
 pytestmark = pytest.mark.usefixtures("cpu_only")
@@ -301,21 +301,36 @@ def _with_a_sparse_gradient() -> nn.Parameter:
     return param
 
 
-@pytest.mark.xfail(reason="torch's functions run after the kernels have written", strict=True)
 @pytest.mark.parametrize("make", [_in_inference_mode, _with_a_sparse_gradient])
 def test_a_step_that_torchs_functions_refuse_changes_nothing(
     make: Callable[[], nn.Parameter],
 ) -> None:
     """Parameters that are not covered are torch's to update, and torch may raise: for an inference
     tensor outside inference mode, for weight decay with a sparse gradient."""
-    covered, refused = nn.Parameter(torch.ones(100)), make()
-    covered.grad = torch.ones(100)
+    refused = make()
+    covered = [nn.Parameter(torch.ones(100, dtype=dtype)) for dtype in (F32, BF16)]
+    for param in covered:
+        param.grad = torch.ones_like(param)
     if refused.grad is None:
         refused.grad = torch.ones_like(refused)
-    optimizer = fusedstep.SGD([covered, refused], lr=0.1, weight_decay=0.1)
+    optimizer = fusedstep.SGD(
+        [covered[0], refused, covered[1]],
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.1,
+        master_weights=True,
+    )
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    versions = [param._version for param in covered]
     with pytest.raises(RuntimeError):
         optimizer.step()
-    assert (covered == 1).all()
+    for param, version in zip(covered, versions, strict=True):
+        assert param.grad is not None
+        assert (param == 1).all() and (param.grad == 1).all() and param._version == version
+        assert not optimizer.state.get(param)
+    refused.grad = None
+    optimizer.step()
+    assert all((param != 1).all() and optimizer.state[param] for param in covered)
 
 
 # ------------------------------------------------------------------ determinism

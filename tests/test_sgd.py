@@ -87,6 +87,20 @@ def buffers(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
     return [optimizer.state[p].get("momentum_buffer") for p in params]
 
 
+def through_a_file(value: Any, *, weights_only: bool = True) -> Any:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "deepcopy": copy.deepcopy,
+    "saved": partial(through_a_file, weights_only=False),
+}
+
+
 def assert_same(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
     """The same parameters and momentum, within a few roundings."""
     for our_group, their_group in zip(ours.param_groups, theirs.param_groups, strict=True):
@@ -481,6 +495,29 @@ def test_many_tensors_in_one_call(count: int, monkeypatch: pytest.MonkeyPatch) -
     theirs.step()
     assert len(calls) == 1, calls
     assert_same(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+@pytest.mark.parametrize("shared", ["whole", "parts", "twice"])
+def test_parameters_that_share_memory(shared: str, device: str) -> None:
+    """One after the other, as with torch, whoever else computes at the same time."""
+    torch.set_num_threads(2)
+    bystanders = parameters([100, 7], F32, device)
+    memories = [torch.randn(100_000, device=device)]
+    memories.append(memories[0].clone())
+    optimizers = []
+    for memory, make in zip(memories, (SGD, NativeSGD), strict=True):
+        parts = [memory, memory] if shared != "parts" else [memory[5:], memory[:-3]]
+        params = [nn.Parameter(part) for part in parts]
+        if shared == "twice":
+            params[1] = params[0]
+        others = clones(bystanders)
+        optimizers.append(make([others[0], params[0], others[1], params[1]], **MOMENTUM))
+    for _ in range(3):
+        set_random_grads(*(optimizer.param_groups[0]["params"] for optimizer in optimizers))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same(*optimizers)
 
 
 def test_parameters_that_do_not_train() -> None:
@@ -919,12 +956,10 @@ def test_checkpoints_move_both_ways() -> None:
         twins = clones(params)
         first, straight_on = start(params, **MOMENTUM), NativeSGD(twins, **MOMENTUM)
         step_both(first, straight_on, 3)
-        file = io.BytesIO()
-        torch.save(first.state_dict(), file)
-        file.seek(0)
+        saved = through_a_file(first.state_dict())
         resumed_params = clones(params)
         resumed = end(resumed_params, lr=7.0)
-        resumed.load_state_dict(torch.load(file))
+        resumed.load_state_dict(saved)
         step_both(resumed, straight_on, 3)
         assert_same(resumed, straight_on)
     fresh = [cls(parameters([3]), **MOMENTUM).state_dict() for cls in (SGD, TorchSGD)]
@@ -947,21 +982,13 @@ def test_checkpoints_of_older_versions() -> None:
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "saved"])
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_mid_training(copied: str) -> None:
     params = parameters([100, 33])
     twins = clones(params)
     ours, theirs = SGD(params, **MOMENTUM), NativeSGD(twins, **MOMENTUM)
     step_both(ours, theirs, 3)
-    if copied == "pickle":
-        duplicate = pickle.loads(pickle.dumps(ours))
-    elif copied == "deepcopy":
-        duplicate = copy.deepcopy(ours)
-    else:
-        file = io.BytesIO()
-        torch.save(ours, file)
-        file.seek(0)
-        duplicate = torch.load(file, weights_only=False)
+    duplicate = COPIES[copied](ours)
     assert type(duplicate) is SGD and repr(duplicate) == repr(ours)
     frozen = [p.detach().clone() for p in params]
     step_both(duplicate, theirs, 3)

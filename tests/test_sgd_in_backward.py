@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import math
 import os
-import pickle
 import socket
 import weakref
 from collections.abc import Callable
@@ -20,7 +18,19 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 from fusedstep import SGD
-from test_sgd import BF16, F16, F32, F64, MOMENTUM, OPTIONS, NativeSGD, identical, name_of
+from test_sgd import (
+    BF16,
+    COPIES,
+    F16,
+    F32,
+    F64,
+    MOMENTUM,
+    OPTIONS,
+    NativeSGD,
+    identical,
+    name_of,
+    through_a_file,
+)
 
 
 def network(dtype: torch.dtype = F32) -> nn.Sequential:
@@ -283,23 +293,18 @@ def test_parameters_that_the_kernels_do_not_cover() -> None:
 # ------------------------------------------------------------------ the life of the optimizer
 
 
-@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "state_dict"])
+@pytest.mark.parametrize("copied", [*COPIES, "state_dict"])
 def test_copies_go_on_alone(copied: str) -> None:
     """A copy of model and optimizer trains the copied parameters, the original its own."""
     model = network()
     optimizer = SGD(model.parameters(), **MOMENTUM, in_backward=True)
     model(torch.randn(7, 17)).square().mean().backward()
-    if copied == "pickle":
-        twin, duplicate = pickle.loads(pickle.dumps((model, optimizer)))
-    elif copied == "deepcopy":
-        twin, duplicate = copy.deepcopy((model, optimizer))
-    else:
+    if copied == "state_dict":
         twin = copy.deepcopy(model)
         duplicate = SGD(twin.parameters(), lr=7.0, in_backward=True)
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
-        duplicate.load_state_dict(torch.load(file))
+        duplicate.load_state_dict(through_a_file(optimizer.state_dict()))
+    else:
+        twin, duplicate = COPIES[copied]((model, optimizer))
     assert duplicate.param_groups[0]["params"][0] is next(twin.parameters())
     straight_on = copy.deepcopy(model)
     reference = SGD(straight_on.parameters(), **MOMENTUM)

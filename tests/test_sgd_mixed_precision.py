@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ import reference
 from fusedstep import SGD
 from test_sgd import (
     BF16,
+    COPIES,
     F16,
     F32,
     F64,
@@ -26,11 +25,13 @@ from test_sgd import (
     OPTIONS,
     SIZES,
     NativeSGD,
+    assert_same,
     clones,
     identical,
     name_of,
     parameters,
     set_random_grads,
+    through_a_file,
 )
 
 HALVES = (BF16, F16)
@@ -239,8 +240,10 @@ def test_state_in_another_layout_or_dtype() -> None:
 def test_gradients_are_unscaled_in_float32(
     dtype: torch.dtype, scale: float, device: str, on_cuda: bool
 ) -> None:
-    """Small ones too, which the gradient's own dtype cannot hold; and an overflow is skipped."""
+    """Small ones too, which the gradient's own dtype cannot hold; and an overflow is skipped. The
+    strided parameter is torch's to update."""
     params = parameters(SIZES[:-1], dtype, device)
+    params.append(nn.Parameter(torch.randn(200, device=device).to(dtype)[::2]))
     twins = in_float32(params)
     ours, theirs = SGD(params, **MOMENTUM, master_weights=True), NativeSGD(twins, **MOMENTUM)
     for overflow in (0.0, 1.0, 0.0, 0.0):
@@ -307,11 +310,35 @@ def test_gradients_of_other_kinds_with_master_weights() -> None:
             identical(p.detach(), ours.state[p]["master_param"].to(BF16))
 
 
-def through_a_file(state_dict: dict[str, Any]) -> Any:
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file)
+def test_a_float32_parameter_with_16_bit_gradients_has_no_master_weight() -> None:
+    """Torch's functions do with it what they do without the option: momentum in 16 bits."""
+    params = parameters([100], F32)
+    params[0].grad_dtype = None
+    twins = clones(params)
+    ours, theirs = SGD(params, **MOMENTUM, master_weights=True), NativeSGD(twins, **MOMENTUM)
+    for _ in range(3):
+        grad = torch.randn(100).bfloat16()
+        twins[0].grad_dtype = None
+        params[0].grad, twins[0].grad = grad.clone(), grad.clone()
+        ours.step()
+        theirs.step()
+    assert_same(ours, theirs)
+
+
+def test_momentum_of_wide_parameters_is_loaded_as_torch_loads_it() -> None:
+    """A float64 parameter keeps no float32 momentum of a run in another dtype."""
+    params = parameters([100, 33], F64)
+    twins = clones(params)
+    saved = SGD(parameters([100, 33], F32), **MOMENTUM)
+    set_random_grads(saved.param_groups[0]["params"])
+    saved.step()
+    ours, theirs = SGD(params, lr=7.0, master_weights=True), NativeSGD(twins, lr=7.0)
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(through_a_file(saved.state_dict()))
+    set_random_grads(params, twins)
+    ours.step()
+    theirs.step()
+    assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -373,21 +400,13 @@ OURS: list[dict[str, Any]] = [{"master_weights": True}, {"stochastic_rounding": 
 
 
 @pytest.mark.parametrize("options", OURS, ids=["master_weights", "stochastic_rounding"])
-@pytest.mark.parametrize("copied", ["pickle", "deepcopy", "saved"])
+@pytest.mark.parametrize("copied", COPIES)
 def test_copies_mid_training(copied: str, options: dict[str, Any]) -> None:
     params = parameters([100, 33], BF16)
     optimizer = SGD(params, **MOMENTUM, **options)
     set_random_grads(params)
     optimizer.step()
-    if copied == "pickle":
-        duplicate = pickle.loads(pickle.dumps(optimizer))
-    elif copied == "deepcopy":
-        duplicate = copy.deepcopy(optimizer)
-    else:
-        file = io.BytesIO()
-        torch.save(optimizer, file)
-        file.seek(0)
-        duplicate = torch.load(file, weights_only=False)
+    duplicate = COPIES[copied](optimizer)
     twins = duplicate.param_groups[0]["params"]
     for _ in range(2):
         set_random_grads(params, twins)

@@ -1,10 +1,12 @@
 // What the Python module binds of this room.
 #pragma once
 
+#include <c10/core/Device.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <optional>
+#include <string>
 
 namespace fusedstep::sgd {
 
@@ -16,22 +18,25 @@ struct Rounding {
 
 // One step of torch.optim.SGD over an optimizer's param_groups and state, as Python holds them.
 // Where found_inf is neither None nor 0 it does nothing. Gradients are divided by grad_scale first,
-// in place, unless it is None. Returns [(group, [parameter, ...]), ...]: the parameters with a
-// gradient that the kernels do not cover, untouched.
+// in place, unless it is None. Where the kernels do not cover all parameters with a gradient, it
+// calls step_by_torch([(group, [parameter, ...]), ...], grad_scale) to update the others, before it
+// updates what they cover: an error that is raised there leaves that as it was.
 //
-// Of a DTensor the local tensor is updated, if gradient and momentum buffer lie on its mesh with
-// its placements and none of these is a sum (Partial). A new momentum buffer has them too.
+// Of a DTensor the local tensor is updated, if gradient and state lie on its mesh with its
+// placements and none of these is a sum (Partial). New state has them too.
 //
 // On CUDA a step is one launch for each device, and nothing waits for one: a learning rate, a
-// grad_scale and a found_inf that lie there are read there. Two cases read found_inf here, and so
-// wait: parameters on the CPU, and a first step with momentum and dampening.
+// grad_scale and a found_inf that lie there are read there. Three cases read found_inf here, and so
+// wait: parameters on the CPU, parameters that are not covered, and a first step with momentum and
+// dampening.
 //
 // Everything is checked before anything is written: ValueError for a hyperparameter that is not
-// finite, RuntimeError for a gradient or a momentum buffer that does not fit its parameter. An
-// update is as if parameters followed one another only where their memory is distinct.
-pybind11::list step(const pybind11::list& param_groups, const pybind11::dict& state,
-                    const pybind11::object& grad_scale, const pybind11::object& found_inf,
-                    const Rounding& rounding);
+// finite, RuntimeError for a gradient or a state that does not fit its parameter, or for new state
+// in the capture of a CUDA graph. Parameters that are covered and share memory are updated one
+// after the other, in their order.
+void step(const pybind11::list& param_groups, const pybind11::dict& state,
+          const pybind11::object& grad_scale, const pybind11::object& found_inf,
+          const Rounding& rounding, const pybind11::object& step_by_torch);
 
 // The same for one parameter of a group, which has a gradient: once that is used it is None.
 // Returns false, and leaves all as it was, where the kernels do not cover it. The parameter's place
@@ -39,6 +44,10 @@ pybind11::list step(const pybind11::list& param_groups, const pybind11::dict& st
 // gradient.
 bool step_in_backward(const pybind11::dict& group, const pybind11::object& param,
                       std::uint64_t place, const pybind11::dict& state, const Rounding& rounding);
+
+// RuntimeError where the current stream of the device, if that is a CUDA device, is captured in a
+// graph: replays make a parameter's new state, called `name`, again and again.
+void refuse_capture(c10::Device device, const std::string& name);
 
 // Sets the grad of every parameter to None.
 void zero_grad(const pybind11::list& param_groups);

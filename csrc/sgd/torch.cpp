@@ -43,6 +43,9 @@ using at::Tensor;
 
 [[maybe_unused]] constexpr const char* kOp = "SGD.step";
 
+// A thread takes at least so many chunks: 32,768 elements, as in torch's own elementwise kernels.
+constexpr std::int64_t kGrain = 32768 / kChunk;
+
 // ---- Python objects ----
 
 struct Keys {
@@ -61,6 +64,9 @@ struct Keys {
     PyObject* device_mesh = PyUnicode_InternFromString("device_mesh");
     PyObject* placements = PyUnicode_InternFromString("placements");
     PyObject* is_partial = PyUnicode_InternFromString("is_partial");
+    PyObject* is_replicate = PyUnicode_InternFromString("is_replicate");
+    PyObject* get_coordinate = PyUnicode_InternFromString("get_coordinate");
+    PyObject* shape = PyUnicode_InternFromString("shape");
 };
 
 const Keys& keys() {
@@ -160,6 +166,25 @@ bool holds_elements(py::handle dtensor) {
 bool same_placements(py::handle dtensor, py::handle other) {
     auto const same = [&](PyObject* key) { return dtensor.attr(key).equal(other.attr(key)); };
     return is_dtensor(other.ptr()) && same(keys().device_mesh) && same(keys().placements);
+}
+
+// The number, from 0, of the part of a DTensor that this rank holds; ranks that hold the same part
+// have the same number.
+std::uint64_t part_number(py::handle dtensor) {
+    py::object const mesh = dtensor.attr(keys().device_mesh);
+    py::object const coordinate = mesh.attr(keys().get_coordinate)();
+    if (coordinate.is_none()) return 0;  // outside the mesh: it holds nothing
+    auto const coordinates = coordinate.cast<std::vector<std::uint64_t>>();
+    auto const sizes = mesh.attr(keys().shape).cast<std::vector<std::uint64_t>>();
+    std::uint64_t number = 0;
+    std::size_t dim = 0;
+    for (py::handle placement : dtensor.attr(keys().placements)) {
+        if (!placement.attr(keys().is_replicate)().cast<bool>()) {
+            number = number * sizes.at(dim) + coordinates.at(dim);
+        }
+        ++dim;
+    }
+    return number;
 }
 
 // ---- What is covered ----
@@ -308,13 +333,25 @@ Precision precision_of(const Tensor& param, const Rounding& rounding) {
     return Precision::stochastic_rounding;
 }
 
-// A float32 tensor laid out as the parameter: `source` itself, or a copy of it.
-Tensor as_float32(const Tensor& source, const Tensor& param) {
-    if (source.scalar_type() == at::kFloat && is_writable(source) && same_layout(param, source)) {
-        return source;
-    }
+// A new tensor for the state of a parameter, of its kind: of a DTensor one with its placements.
+py::object empty_state(const py::object& param, at::TensorOptions options) {
     at::NoGradGuard const no_grad;
-    return at::empty_like(param, param.options().dtype(at::kFloat)).copy_(source);
+    Tensor made = at::empty_like(THPVariable_Unpack(param.ptr()), options);
+    return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(made)));
+}
+
+// The tensor that the kernels read and write in a parameter's state, or why they do not.
+Covered<Tensor> state_tensor(const py::object& param, PyObject* found) {
+    bool const distributed = is_dtensor(param.ptr());
+    if (distributed && !same_placements(param, found)) {
+        return not_covered("a state placed unlike its parameter");
+    }
+    const Tensor* const local = local_tensor(found);
+    if (local == nullptr || (!distributed && is_dtensor(found))) {
+        return not_covered("a state of a tensor subclass");
+    }
+    if (local->is_nested()) return not_covered("a nested tensor");
+    return *local;
 }
 
 // ---- What GradScaler leaves ----
@@ -382,8 +419,15 @@ public:
     bool add_one(PyObject* group, const py::object& param, std::uint64_t place);
 
     // Whether there was an overflow, and nothing is to be done. As far as it is known here: it is,
-    // at the price of waiting for the device, where a kernel alone could not do what is right.
-    bool overflowed();
+    // at the price of waiting for the device, where a kernel alone could not do what is right, or
+    // where torch's functions are to update parameters too.
+    bool overflowed(bool left_to_torch);
+
+    // Where it is known, as it is behind overflowed(true).
+    double grad_scale() const { return grad_scale_.value(); }
+
+    // Takes all the memory that the step wants: what follows may fail no more, but for a launch.
+    void prepare();
 
     void run();
 
@@ -411,6 +455,10 @@ private:
         std::vector<EntryPrecision> precisions;  // one per entry, or none
         bool is_ordinary = true;                 // all entries
         std::int64_t chunks = 0;
+        // In the device's memory, where it is a CUDA device: see Step and cuda_update().
+        Tensor grad_scale;
+        Tensor found_inf;
+        Tensor table;
     };
 
     // Whether gradients are written, as far as is known here.
@@ -420,8 +468,14 @@ private:
     Covered<> add(const py::object& param, const Covered<Options>& options);
     Covered<> add_covered(const py::object& param_object, const Options& options);
     Share& share_on(c10::Device device);
+    // Whether parameters share memory that would not be updated in their order.
+    static bool any_overlap(const Share& share);
+    // Where any do, makes a share of each entry: shares are run one after the other.
+    void separate_overlapping();
     Step step_of(const Share& share) const;
+    Step step_on_cuda(const Share& share) const;
     void run_on_cpu(const Share& share);
+    void prepare_on_cuda(Share& share);
     void run_on_cuda(const Share& share);
 
     const py::dict& state_;
@@ -469,9 +523,14 @@ Covered<> StepPlan::add(const py::object& param, const Covered<Options>& options
     Covered<> const answer = options ? add_covered(param, *options) : options.why_not();
     if (answer) return answer;
     const Tensor& tensor = THPVariable_Unpack(param.ptr());
-    TORCH_CHECK(!rounding_.seed || precision_of(tensor, rounding_) == Precision::ordinary,
+    Precision const precision = precision_of(tensor, rounding_);
+    TORCH_CHECK(precision != Precision::stochastic_rounding,
                 "stochastic_rounding does not cover this parameter of shape ", tensor.sizes(), ": ",
                 answer.why_not().reason);
+    TORCH_CHECK(
+        precision != Precision::master_weights || !is_dtensor(param.ptr()) || holds_elements(param),
+        "master_weights do not cover this parameter of shape ", tensor.sizes(), ": ",
+        answer.why_not().reason);
     calls.fell_back(tensor.device(), answer.why_not());
     return answer;
 }
@@ -502,9 +561,6 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     Precision const precision = precision_of(param, rounding_);
     bool const has_master = precision == Precision::master_weights;
     bool const is_stochastic = precision == Precision::stochastic_rounding;
-    if (distributed && precision != Precision::ordinary) {
-        return not_covered("master weights or stochastic rounding of a DTensor");
-    }
     bool const with_momentum = h.momentum != 0;
     Tensor buffer;
     Tensor master;
@@ -517,23 +573,15 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
             return found == Py_None ? nullptr : found;
         };
         if (PyObject* const found = find_state(with_momentum, keys().momentum_buffer)) {
-            if (distributed && !same_placements(param_object, found)) {
-                return not_covered("a momentum buffer placed unlike its parameter");
-            }
-            const Tensor* const local_buffer = local_tensor(found);
-            if (local_buffer == nullptr || (!distributed && is_dtensor(found))) {
-                return not_covered("a momentum buffer of a tensor subclass");
-            }
-            buffer = *local_buffer;
-            if (buffer.is_nested()) return not_covered("a nested tensor");
+            auto const local = state_tensor(param_object, found);
+            if (!local) return local.why_not();
+            buffer = *local;
             check_buffer(buffer, param, grad);
         }
         if (PyObject* const found = find_state(has_master, keys().master_param)) {
-            if (!THPVariable_CheckExact(found)) {
-                return not_covered("a master weight of a tensor subclass");
-            }
-            master = THPVariable_Unpack(found);
-            if (master.is_nested()) return not_covered("a nested tensor");
+            auto const local = state_tensor(param_object, found);
+            if (!local) return local.why_not();
+            master = *local;
             check_master(master, param);
         }
         if (PyObject* const found = find_state(is_stochastic, keys().step)) {
@@ -579,27 +627,33 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
         grad = at::empty_like(param).copy_(grad);
     }
     if (first_step) {
-        at::NoGradGuard const no_grad;
-        auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(
-            at::empty_like(THPVariable_Unpack(param_object.ptr()),
-                           has_master ? at::TensorOptions(at::kFloat) : at::TensorOptions())));
+        refuse_capture(device, "momentum_buffer");
+        py::object made = empty_state(
+            param_object, has_master ? at::TensorOptions(at::kFloat) : at::TensorOptions());
         buffer = *local_tensor(made.ptr());
         new_states_.push_back({param_object, keys().momentum_buffer, std::move(made)});
         dampened_first_step_ |= h.dampening != 0;
     }
     if (has_master) {
-        auto const keep = [&](PyObject* key, Tensor& tensor, const Tensor& source) {
-            Tensor kept = as_float32(source, param);
-            if (!kept.is_same(tensor)) {
-                auto made = py::reinterpret_steal<py::object>(THPVariable_Wrap(kept));
-                new_states_.push_back({param_object, key, std::move(made)});
+        // In float32 and laid out as the parameter: what the state holds, or a copy of it.
+        auto const keep = [&](PyObject* key, const char* name, Tensor& tensor) {
+            if (tensor.defined() && tensor.scalar_type() == at::kFloat && is_writable(tensor) &&
+                same_layout(param, tensor)) {
+                return;
             }
-            tensor = std::move(kept);
+            refuse_capture(device, name);
+            py::object made = empty_state(param_object, at::kFloat);
+            at::NoGradGuard const no_grad;
+            tensor = local_tensor(made.ptr())->copy_(tensor.defined() ? tensor : param);
+            new_states_.push_back({param_object, key, std::move(made)});
         };
-        keep(keys().master_param, master, master.defined() ? master : param);
-        if (buffer.defined()) keep(keys().momentum_buffer, buffer, buffer);
+        keep(keys().master_param, "master_param", master);
+        if (buffer.defined()) keep(keys().momentum_buffer, "momentum_buffer", buffer);
     }
+    std::uint64_t key = 0;
     if (is_stochastic) {
+        std::uint64_t const part = distributed ? part_number(param_object) : 0;
+        key = rounding_key(*rounding_.seed, place_ + (part << 32), steps);
         new_states_.push_back({param_object, keys().step, py::int_(steps + 1)});
     }
 
@@ -615,8 +669,7 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     share.entries.push_back(entry);
     if (rounding_.master_weights || rounding_.seed) {
         share.precisions.push_back(
-            {has_master ? master.mutable_data_ptr<float>() : nullptr,
-             is_stochastic ? rounding_key(*rounding_.seed, place_, steps) : 0, precision});
+            {has_master ? master.mutable_data_ptr<float>() : nullptr, key, precision});
         share.is_ordinary &= precision == Precision::ordinary;
     }
     share.tensors.push_back({param, std::move(grad), std::move(buffer), std::move(master)});
@@ -632,11 +685,11 @@ StepPlan::Share& StepPlan::share_on(c10::Device device) {
     return shares_.emplace_back(device);
 }
 
-bool StepPlan::overflowed() {
+bool StepPlan::overflowed(bool left_to_torch) {
     // A skipped first step leaves a buffer of zeros, and the next one goes on from there: the same
     // as a first step, unless there is dampening, which first steps know nothing of.
-    if (on_cpu_ || dampened_first_step_) found_inf_.read();
-    if (on_cpu_) grad_scale_.read();
+    if (on_cpu_ || left_to_torch || dampened_first_step_) found_inf_.read();
+    if (on_cpu_ || left_to_torch) grad_scale_.read();
     return found_inf_.is_known() && found_inf_.value() != 0;
 }
 
@@ -652,8 +705,6 @@ Step StepPlan::step_of(const Share& share) const {
 }
 
 void StepPlan::run_on_cpu(const Share& share) {
-    // A thread takes at least 32,768 elements, as in torch's own elementwise kernels.
-    constexpr std::int64_t kGrain = 32768 / kChunk;
     // From a million elements on (half a millisecond from memory) other Python threads may run.
     constexpr std::int64_t kReleaseGil = (std::int64_t{1} << 20) / kChunk;
 
@@ -687,25 +738,81 @@ Tensor table_on_device(const Step& step, c10::Device device, cudaStream_t stream
     return table;
 }
 
+// A share's step with what of it lies on the device.
+Step StepPlan::step_on_cuda(const Share& share) const {
+    Step step = step_of(share);
+    if (share.grad_scale.defined()) {
+        step.device_grad_scale = share.grad_scale.const_data_ptr<float>();
+    }
+    if (share.found_inf.defined()) {
+        step.device_found_inf = share.found_inf.const_data_ptr<float>();
+    }
+    return step;
+}
+
+void StepPlan::prepare_on_cuda(Share& share) {
+    CudaGuard const guard(share.device);
+    share.grad_scale = grad_scale_.on(share.device);
+    share.found_inf = found_inf_.on(share.device);
+    Step const step = step_on_cuda(share);
+    if (!table_fits(step)) {
+        share.table = table_on_device(step, share.device, current_stream(share.device));
+    }
+}
+
 void StepPlan::run_on_cuda(const Share& share) {
     CudaGuard const guard(share.device);
-    cudaStream_t const stream = current_stream(share.device);
-    Tensor const grad_scale = grad_scale_.on(share.device);
-    Tensor const found_inf = found_inf_.on(share.device);
-    Step step = step_of(share);
-    if (grad_scale.defined()) step.device_grad_scale = grad_scale.const_data_ptr<float>();
-    if (found_inf.defined()) step.device_found_inf = found_inf.const_data_ptr<float>();
-    Tensor const table = table_fits(step) ? Tensor() : table_on_device(step, share.device, stream);
-    check_launch(cuda_update(step, table.defined() ? table.const_data_ptr() : nullptr,
-                             device_limits(share.device), stream),
+    check_launch(cuda_update(step_on_cuda(share),
+                             share.table.defined() ? share.table.const_data_ptr() : nullptr,
+                             device_limits(share.device), current_stream(share.device)),
                  kOp);
 }
 
 #else
 
+void StepPlan::prepare_on_cuda(Share&) {}
 void StepPlan::run_on_cuda(const Share&) {}
 
 #endif
+
+bool StepPlan::any_overlap(const Share& share) {
+    bool const in_order =  // of entries, which one thread keeps
+        !runs_on_cuda(share.device) && (share.chunks <= kGrain || at::get_num_threads() == 1);
+    if (in_order || share.entries.size() < 2) return false;
+    using Range = std::pair<std::uintptr_t, std::uintptr_t>;
+    c10::SmallVector<Range, 64> ranges;
+    for (const Tensors& of_entry : share.tensors) {
+        auto const begin = reinterpret_cast<std::uintptr_t>(of_entry.param.const_data_ptr());
+        if (of_entry.param.numel() != 0) ranges.push_back({begin, begin + of_entry.param.nbytes()});
+    }
+    if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
+    auto const overlap = [](const Range& a, const Range& b) { return b.first < a.second; };
+    return std::adjacent_find(ranges.begin(), ranges.end(), overlap) != ranges.end();
+}
+
+void StepPlan::separate_overlapping() {
+    if (std::none_of(shares_.begin(), shares_.end(), any_overlap)) return;
+    c10::SmallVector<Share, 1> separated;
+    for (const Share& share : shares_) {
+        for (std::size_t i = 0; i < share.entries.size(); ++i) {
+            Share& one = separated.emplace_back(share.device);
+            one.entries.push_back(share.entries[i]);
+            one.entries[0].extent = {0, share.tensors[i].param.numel()};
+            one.chunks = one.entries[0].extent.end_chunk();
+            one.tensors.push_back(share.tensors[i]);
+            if (!share.precisions.empty()) one.precisions.push_back(share.precisions[i]);
+            one.is_ordinary = share.is_ordinary;
+        }
+    }
+    shares_ = std::move(separated);
+}
+
+void StepPlan::prepare() {
+    separate_overlapping();
+    for (Share& share : shares_) {
+        if (runs_on_cuda(share.device)) prepare_on_cuda(share);
+    }
+}
 
 void StepPlan::run() {
     for (const Share& share : shares_) {
@@ -748,19 +855,26 @@ void require_no_reducer(const Tensor& param) {
 
 }  // namespace
 
-py::list step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
-              const py::object& found_inf, const Rounding& rounding) {
+void refuse_capture(c10::Device device, const std::string& name) {
+    TORCH_CHECK(!is_capturing(device), "a step that makes a parameter's ", name,
+                " cannot be captured in a CUDA graph, whose every replay would make it anew; "
+                "take a step with the same gradients and options before the capture");
+}
+
+void step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
+          const py::object& found_inf, const Rounding& rounding, const py::object& step_by_torch) {
     StepPlan plan(state, grad_scale, found_inf, rounding);
-    if (plan.overflowed()) return py::list();
-    py::list leftovers;
+    if (plan.overflowed(false)) return;
+    py::list left;
     for (py::handle group : param_groups) {
         if (!PyDict_Check(group.ptr())) throw py::type_error("a parameter group is no dict");
-        py::list left = plan.add_group(group.ptr());
-        if (!left.empty()) leftovers.append(py::make_tuple(group, std::move(left)));
+        py::list of_group = plan.add_group(group.ptr());
+        if (!of_group.empty()) left.append(py::make_tuple(group, std::move(of_group)));
     }
-    if (plan.overflowed()) return py::list();
+    if (plan.overflowed(!left.empty())) return;
+    plan.prepare();
+    if (!left.empty()) step_by_torch(left, plan.grad_scale());
     plan.run();
-    return leftovers;
 }
 
 bool step_in_backward(const py::dict& group, const py::object& param, std::uint64_t place,
@@ -768,6 +882,7 @@ bool step_in_backward(const py::dict& group, const py::object& param, std::uint6
     if (THPVariable_CheckExact(param.ptr())) require_no_reducer(THPVariable_Unpack(param.ptr()));
     StepPlan plan(state, py::none(), py::none(), rounding);
     if (!plan.add_one(group.ptr(), param, place)) return false;
+    plan.prepare();
     plan.run();
     THPVariable_Unpack(param.ptr()).mutable_grad().reset();
     return true;

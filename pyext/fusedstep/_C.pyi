@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,8 +57,9 @@ def sgd_step(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     rounding: Rounding,
+    step_by_torch: Callable[[list[tuple[dict[str, Any], list[Tensor]]], float], None],
     /,
-) -> list[tuple[dict[str, Any], list[Tensor]]]: ...
+) -> None: ...
 def sgd_step_in_backward(
     group: dict[str, Any],
     param: Tensor,
@@ -66,4 +68,5 @@ def sgd_step_in_backward(
     rounding: Rounding,
     /,
 ) -> bool: ...
+def sgd_refuse_capture(device: torch.device, name: str, /) -> None: ...
 def sgd_zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...

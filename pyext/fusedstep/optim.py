@@ -31,6 +31,7 @@ __all__ = ["SGD"]
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
+_HALVES = (torch.bfloat16, torch.float16)
 _HYPERPARAMETERS = {
     "lr": "learning rate",
     "momentum": "momentum value",
@@ -75,9 +76,7 @@ def _profile_hook_step(step: _Step) -> _Step:
             or self.defaults["differentiable"]
         ):
             return step(*args, **kwargs)
-        left = _C.sgd_step(self.param_groups, self.state, None, None, self._rounding)
-        if left:
-            self._step_by_torch(left)
+        _C.sgd_step(self.param_groups, self.state, None, None, self._rounding, self._step_by_torch)
         return None
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # tells Optimizer not to wrap it again
@@ -104,6 +103,22 @@ class _IfStepIsOurs:
         while step is not SGD.step and hasattr(step, "__wrapped__"):
             step = step.__wrapped__
         return step is SGD.step
+
+
+def _unscaled_grad(param: Tensor, grad_scale: float, master: Tensor) -> Tensor:
+    """The gradient, divided in place; where the parameter has a master weight, of that one's dtype.
+
+    There it is divided in that dtype, and what stays behind is rounded.
+    """
+    grad = param.grad
+    assert grad is not None
+    with torch.no_grad():
+        wide = grad if master is param else grad.to(master.dtype)
+        if grad_scale != 1.0:
+            wide.div_(grad_scale)
+            if wide is not grad:
+                grad.copy_(wide)
+    return wide
 
 
 class _StepInBackward:
@@ -160,13 +175,14 @@ class SGD(torch.optim.SGD):
     Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU and
     on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device. Of a
     :class:`torch.distributed.tensor.DTensor` each rank updates its part, where the gradient has the
-    parameter's placements; its momentum buffer is a DTensor with the same.
+    parameter's placements; its state is made of DTensors with the same.
     Parameters outside that (other devices, sparse gradients, complex numbers, strided views, other
     tensor subclasses, gradients that are ``Partial``), or ``differentiable=True``, are updated in
     the same call by torch's own functions.
 
     On CUDA a step is one kernel for each device, however many parameters there are. It runs on the
-    current stream, does not wait for the device and can be captured in a CUDA graph. A tensor
+    current stream, does not wait for the device and can be captured in a CUDA graph, unless it is
+    one that makes state: replays would make it anew. Take a step before the capture. A tensor
     ``lr`` on the parameter's device is read there, when the kernel runs: it is not checked, and a
     captured step follows its changes. So are the scale and the overflow flag of
     :class:`torch.amp.GradScaler`; a first step that overflows leaves momentum buffers of zeros.
@@ -176,9 +192,11 @@ class SGD(torch.optim.SGD):
         ValueError: A hyperparameter is out of range or not finite, in the constructor, in
             ``add_param_group`` or in ``step``; or there are no parameters.
         RuntimeError: The shape or dtype of a gradient or of a momentum buffer does not fit its
-            parameter, or a hyperparameter overflows the parameter's dtype.
+            parameter, a hyperparameter overflows the parameter's dtype, or a CUDA graph is being
+            captured and the step makes a momentum buffer or a master weight.
 
-    An error in ``step`` leaves parameters, gradients and state as they were.
+    An error in ``step`` leaves parameters, gradients and state as they were. Torch's own functions
+    do their part before the kernels: an error of theirs leaves what is covered as it was.
 
     The arguments below are ours. They are no part of ``defaults``, of the parameter groups or of a
     checkpoint, and none of them changes what float32 and float64 parameters become.
@@ -199,9 +217,10 @@ class SGD(torch.optim.SGD):
             What is drawn depends on ``seed``, on the parameter's place among all, on its number of
             steps (``step`` in its state) and on the element's offset in memory: the same bits on
             the CPU and on CUDA, for any number of threads and in a resumed run; replicas stay
-            alike. It cannot be captured in a CUDA graph, whose replays would draw the same numbers,
-            and float16 parameters are refused. Under :class:`torch.amp.GradScaler` on CUDA a
-            skipped step counts.
+            alike. Parts of a DTensor draw numbers of their own, and ranks that hold the same part
+            the same. It cannot be captured in a CUDA graph, whose replays would draw the same
+            numbers, and float16 parameters are refused, as are those that the kernels do not cover.
+            Under :class:`torch.amp.GradScaler` on CUDA a skipped step counts.
         seed: Of stochastic rounding; an integer in [0, 2**64).
         in_backward: Whether ``backward`` itself updates each parameter as soon as its gradient is
             complete, and sets the gradient to None, so that one gradient is alive at a time. The
@@ -323,6 +342,8 @@ class SGD(torch.optim.SGD):
         ids = (param_id for group in loaded["param_groups"] for param_id in group["params"])
         params = (param for group in self.param_groups for param in group["params"])
         for param_id, param in zip(ids, params, strict=True):
+            if param.dtype not in _HALVES:
+                continue
             for key in ("momentum_buffer", "master_param"):
                 value = loaded["state"].get(param_id, {}).get(key)
                 if isinstance(value, Tensor) and value.dtype == torch.float32:
@@ -384,18 +405,25 @@ class SGD(torch.optim.SGD):
             )
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         if not self.defaults["differentiable"]:
-            left = _C.sgd_step(self.param_groups, self.state, grad_scale, found_inf, self._rounding)
-        else:
-            for group in self.param_groups:
-                _require_finite(group)
-            left = [
-                (group, [p for p in group["params"] if p.grad is not None])
-                for group in self.param_groups
-            ]
-            for _, params in left:
-                for param in params:
-                    _C.count_fallback("SGD", param.device, "differentiable=True")
-        if left and (found_inf is None or not found_inf):
+            _C.sgd_step(
+                self.param_groups,
+                self.state,
+                grad_scale,
+                found_inf,
+                self._rounding,
+                self._step_by_torch,
+            )
+            return loss
+        for group in self.param_groups:
+            _require_finite(group)
+        left = [
+            (group, [p for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+        ]
+        for _, params in left:
+            for param in params:
+                _C.count_fallback("SGD", param.device, "differentiable=True")
+        if found_inf is None or not found_inf:
             self._step_by_torch(left, 1.0 if grad_scale is None else float(grad_scale))
         return loss
 
@@ -404,22 +432,19 @@ class SGD(torch.optim.SGD):
     ) -> None:
         """Update, group by group, those parameters that the kernels do not cover."""
         for group, params in left:
-            grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-            if grad_scale != 1.0:
-                with torch.no_grad():
-                    for grad in grads:
-                        grad.div_(grad_scale)
-            has_momentum = group["momentum"] != 0
-            buffers: list[Tensor | None] = [
-                self.state[p].get("momentum_buffer") if has_momentum else None for p in params
-            ]
             masters = [self._master_of(p) for p in params]
-            if self.master_weights:
-                grads = [g.to(m.dtype) for g, m in zip(grads, masters, strict=True)]
+            grads = [_unscaled_grad(p, grad_scale, m) for p, m in zip(params, masters, strict=True)]
+            has_momentum = group["momentum"] != 0
+            buffers: list[Tensor | None] = [None] * len(params)
+            if has_momentum:
+                found = [self.state[p].get("momentum_buffer") for p in params]
                 buffers = [
-                    None if b is None else b.to(m.dtype)
-                    for b, m in zip(buffers, masters, strict=True)
+                    b if b is None or m is p else b.to(m.dtype)
+                    for p, m, b in zip(params, masters, found, strict=True)
                 ]
+                for param, before, buffer in zip(params, found, buffers, strict=True):
+                    if buffer is None or buffer is not before:
+                        _C.sgd_refuse_capture(param.device, "momentum_buffer")
             with torch.set_grad_enabled(self.defaults["differentiable"]):
                 sgd(
                     masters,
@@ -445,14 +470,16 @@ class SGD(torch.optim.SGD):
 
     def _master_of(self, param: Tensor) -> Tensor:
         """The float32 weights behind a 16-bit parameter; the parameter itself where it has none."""
-        if not self.master_weights or param.dtype not in (torch.bfloat16, torch.float16):
+        if not self.master_weights or param.dtype not in _HALVES:
             return param
         with torch.no_grad():
-            master = self.state[param].get("master_param")
-            if master is None:
-                return param.to(torch.float32)
-            unchanged = master.to(param.dtype) == param
-            return torch.where(unchanged, master, param).to(torch.float32)
+            master: Tensor | None = self.state[param].get("master_param")
+            if master is None or master.dtype != torch.float32:
+                _C.sgd_refuse_capture(param.device, "master_param")
+                master = (param if master is None else master).to(torch.float32)
+            changed = master.to(param.dtype) != param
+            # In place, where the capture of a CUDA graph finds it again.
+            return master.copy_(torch.where(changed, param, master))
 
     @_outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:

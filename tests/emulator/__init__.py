@@ -27,8 +27,10 @@ class Emulator:
     def capture(self, graph: int) -> Iterator[None]:
         """What runs inside sees a stream that is being captured into a graph of this number."""
         self.library.emulator_capture(graph)
-        yield
-        self.library.emulator_capture(0)
+        try:
+            yield
+        finally:
+            self.library.emulator_capture(0)
 
     def launch_count(self) -> int:
         """The launches of this process until now."""
