@@ -27,6 +27,8 @@ FAULTS = {
     "write_input": "FAILED: an input was written",
     "wrong_in_the_fifth_place": "FAILED: a wrong number",
     "wrong_by_two_places": "FAILED: a wrong number",
+    "beyond_both_neighbours": "FAILED: a wrong number",
+    "below_both_neighbours": "FAILED: a wrong number",
     "finite_for_nan": "FAILED: a wrong number",
     "finite_for_infinity": "FAILED: a wrong number",
     "nan_for_finite": "FAILED: a wrong number",

@@ -23,7 +23,7 @@ FUSEDSTEP_VEC VecF exp(VecF x) {
     q = fmadd(q, r, broadcast(0.1666652063177f));
     q = fmadd(q, r, broadcast(0.4999999344784f));
     VecF const p = fmadd(fmadd(q, r, broadcast(1.0f)), r, broadcast(1.0f));
-    VecF const result = p * bit_cast<VecF>(bit_cast<VecU32>(shifted) << 23);
+    VecF const result = p * vec_cast<VecF>(vec_cast<VecU32>(shifted) << 23);
     return x < -87.3365447f ? VecF{} : result;
 }
 
@@ -45,15 +45,15 @@ FUSEDSTEP_VEC VecD exp(VecD x) {
     q = fmadd(q, r, broadcast(1.6666666666666412515e-1));
     q = fmadd(q, r, broadcast(5.0000000000000106271e-1));
     VecD const p = fmadd(fmadd(q, r, broadcast(1.0)), r, broadcast(1.0));
-    VecD const result = p * bit_cast<VecD>(bit_cast<VecU64>(shifted) << 52);
+    VecD const result = p * vec_cast<VecD>(vec_cast<VecU64>(shifted) << 52);
     return x < -708.3964185322641 ? VecD{} : result;
 }
 
 // log(x) for normal x > 0; inf for inf, NaN for NaN. x = 2^e m with m in [sqrt(1/2), sqrt(2)).
 FUSEDSTEP_VEC VecF log(VecF x) {
-    VecI32 const bits = bit_cast<VecI32>(x);
+    VecI32 const bits = vec_cast<VecI32>(x);
     VecI32 const e = (bits - 0x3f3504f3) >> 23;  // sqrt(1/2) is 0x3f3504f3
-    VecF const m = bit_cast<VecF>(bits - (e << 23));
+    VecF const m = vec_cast<VecF>(bits - (e << 23));
     VecF const exponent = __builtin_convertvector(e, VecF);
     VecF const f = m - 1.0f;
     // (log(1 + f) - f + f^2/2) / f^3, to 7.5e-10

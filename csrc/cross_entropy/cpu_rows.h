@@ -27,8 +27,12 @@ constexpr std::int64_t kMaxTileClasses = 112;
 // Below this many rows a tile is mostly empty.
 constexpr std::int64_t kMinTileRows = 4;
 
-// Classes summed in a row before they join the total: rounding grows with C / kTileBlock.
-constexpr std::int64_t kTileBlock = 16;
+// Classes that a tile sums in a row before they join the total: rounding grows with their number
+// and with that of the blocks, so with the square root of C.
+inline std::int64_t tile_block(std::int64_t classes) {
+    if (classes <= 256) return 16;
+    return static_cast<std::int64_t>(std::sqrt(static_cast<double>(classes)));
+}
 
 // Uninitialised scratch of n elements: on the stack when small.
 template <class A>
@@ -138,16 +142,27 @@ acc_t<T> row_max(const T* x, std::int64_t classes) {
     return reduce_max<A>(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// exp(x - m), stored to e where kStore, and the row's sums. Sums are taken in blocks, so that
-// rounding grows with the logarithm of a long row rather than with its length.
+// exp(x - m), stored to e where kStore, and the row's sums. Sums are taken in blocks, and kBlocks
+// of them join a double: a row of any length is rounded as one of that many blocks is.
 template <bool kStore, class T, class Dense>
 ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximum,
                            const Dense& dense, acc_t<T>* e) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     constexpr std::int64_t kBlock = 64 * 4 * L;
+    constexpr int kBlocks = 64;
     Vec<A> const m = broadcast(row_maximum);
     Vec<A> exp_sum{}, target_sum{}, target_dot{};
+    ExpSums<double> total{};
+    auto flush = [&]() __attribute__((always_inline)) {
+        total.exp_sum += static_cast<double>(reduce_sum<A>(exp_sum));
+        exp_sum = Vec<A>{};
+        if constexpr (Dense::kDense) {
+            total.target_sum += static_cast<double>(reduce_sum<A>(target_sum));
+            total.target_dot += static_cast<double>(reduce_sum<A>(target_dot));
+            target_sum = target_dot = Vec<A>{};
+        }
+    };
 
     auto one = [&](std::int64_t c, Vec<A>& s, Vec<A>& u_sum, Vec<A>& u_dot)
                    __attribute__((always_inline)) {
@@ -163,7 +178,11 @@ ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximu
                    };
 
     std::int64_t c = 0;
-    while (c + 4 * L <= classes) {
+    for (int blocks = 0; c + 4 * L <= classes; ++blocks) {
+        if (blocks == kBlocks) {
+            flush();
+            blocks = 0;
+        }
         std::int64_t const block_end = c + kBlock < classes ? c + kBlock : classes;
         Vec<A> s[4] = {}, u_sum[2] = {}, u_dot[2] = {};
         for (; c + 4 * L <= block_end; c += 4 * L) {
@@ -190,11 +209,9 @@ ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximu
             target_dot += valid ? u * shifted : Vec<A>{};
         }
     }
-    if constexpr (Dense::kDense) {
-        return {reduce_sum<A>(exp_sum), reduce_sum<A>(target_sum), reduce_sum<A>(target_dot)};
-    } else {
-        return {reduce_sum<A>(exp_sum), A{}, A{}};
-    }
+    flush();
+    return {static_cast<A>(total.exp_sum), static_cast<A>(total.target_sum),
+            static_cast<A>(total.target_dot)};
 }
 
 // grad_c = value(c) * scale - u_c * gradient_scale, where value is exp(x_c - m), read or
@@ -624,6 +641,7 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
     constexpr int L = kLanes<A>;
     const Args& args = p.args;
     std::int64_t const classes = args.classes;
+    std::int64_t const block_size = tile_block(classes);
     DoubleSum<A> total;
     for_each_tile(
         p, tile_dense, begin, end,
@@ -653,9 +671,9 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
                 target_dot = truth.u * shifted_y;
             }
             Vec<A> exp_sum{};
-            for (std::int64_t block = 0; block < classes; block += kTileBlock) {
+            for (std::int64_t block = 0; block < classes; block += block_size) {
                 std::int64_t const block_end =
-                    block + kTileBlock < classes ? block + kTileBlock : classes;
+                    block + block_size < classes ? block + block_size : classes;
                 Vec<A> s{}, u_sum{}, u_dot{};
                 for (std::int64_t c = block; c < block_end; ++c) {
                     Vec<A> const shifted = load(tile + c * L) - m;

@@ -54,6 +54,15 @@ void run(std::string_view fault) {
     expect(is_close(inf, {1e39, 1e39}, f32, f32));
     expect(is_close(inf, {1, 1, 0, 1e39}, f32, f32));
     expect(is_close(std::nan(""), {std::nan(""), 1}, f32, f32));
+    constexpr auto either = Storing::either_neighbour;
+    expect(is_close(1, {1 + 0x1p-9, 1}, f32, bf16, either));
+    expect(is_close(1 + 0x1p-7, {1 + 0x1p-9, 1}, f32, bf16, either));
+    if (fault == "beyond_both_neighbours") {
+        expect(is_close(1 + 0x1p-6, {1 + 0x1p-9, 1}, f32, bf16, either));
+    }
+    if (fault == "below_both_neighbours") {
+        expect(is_close(1 - 0x1p-8, {1 + 0x1p-9, 1}, f32, bf16, either));
+    }
     if (fault == "wrong_in_the_fifth_place") expect(is_close(1 + 1e-5, {1, 1}, f32, f32));
     if (fault == "wrong_by_two_places") expect(is_close(1 + 0x1p-7, {1, 1}, f32, bf16));
     if (fault == "finite_for_nan") expect(is_close(1, {std::nan(""), 1}, f32, f32));

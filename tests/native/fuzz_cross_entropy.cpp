@@ -15,9 +15,13 @@ using fusedstep::cross_entropy::TargetScan;
 // One row: u_c, and what it is made of in absolute values; x_c - m; exp(x_c - m).
 struct Row {
     std::vector<Real> u, u_size, shifted, e;
-    Real exp_sum = 0, target_sum = 0, target_size = 0;
+    Real max = 0, exp_sum = 0, log_sum = 0, target_sum = 0, target_size = 0;
     bool ignored = false;
-    Expected loss{0, 0};
+    Expected loss{0, 0}, lse{0, 0};
+    // Of the gradient softmax p_c - u_c: U and u_y, or what other losses have in their place.
+    Expected softmax{0, 0}, truth{0, 0};
+    // Of focal loss: what both are wrong by, together, because 1 - p is.
+    Real focal_error = 0;
 };
 
 struct Case {
@@ -32,7 +36,8 @@ struct Case {
     std::int64_t rows, classes;
     std::vector<std::int64_t> row_sizes;
     Args args{};
-    std::unique_ptr<Array> logits, probability, weight, grad, losses, stats, grad_output;
+    std::unique_ptr<Array> logits, probability, weight, grad, losses, stats, lse, grad_output;
+    bool grad_in_forward = false;
     std::unique_ptr<Guarded> target;
     std::vector<Row> expected;
     Real weight_size = 0;  // of all classes: their sum must not overflow with label smoothing
@@ -51,10 +56,12 @@ private:
     std::int64_t* indices() const { return reinterpret_cast<std::int64_t*>(target->data()); }
     void draw_targets();
     Row expect(std::int64_t row) const;
+    void make_focal(Row& row, std::int64_t y, Real weight) const;
+    void add_z_loss(Row& row, Real weight) const;
     Expected expected_grad(const Row& row, std::int64_t c, Real upstream) const;
     void check_scan(const CpuKernels& kernels);
+    void check_stats() const;
     void check_grad(const std::vector<std::uint8_t>& before, bool backward) const;
-    double run(const CpuKernels& kernels, std::int64_t chunk);
 };
 
 Case::Case(Choices& choices_) : choices(choices_) {
@@ -97,7 +104,6 @@ Case::Case(Choices& choices_) : choices(choices_) {
         choices.one_of({1.0, 1.0 / static_cast<double>(rows), 1e-30, 1e30, 0.0, nan});
     if (!choices.one_in(4)) {
         grad = std::make_unique<Array>(choices, dtype, any_layout(choices, with_classes(), false));
-        args.grad = grad->data();
         set_strides(*grad, args.grad_row_strides, args.grad_class_stride);
     }
     args.loss_dtype = choices.one_in(2) ? computed : dtype;
@@ -114,6 +120,20 @@ Case::Case(Choices& choices_) : choices(choices_) {
         Values upstream(choices);
         grad_output->fill([&] { return upstream.next(); });
         args.grad_output = grad_output->data();
+    }
+    if (choices.one_in(2)) {
+        lse = std::make_unique<Array>(choices, computed, rows);
+        args.row_lse = lse->data();
+    }
+    // backward also serves a forward pass that wrote no gradient.
+    grad_in_forward = grad && !(stats && choices.one_in(2));
+    if (choices.one_in(2)) {
+        if (args.target_kind == TargetKind::index) {
+            args.gamma = choices.one_of({0.0, 0.5, 1.0, 2.0, 5.0, 1e-3, 1e3});
+        }
+        if (args.gamma == 0 || choices.one_in(4)) {
+            args.z_loss = choices.one_of({1e-4, 1.0, 1e-30, 1e30});
+        }
     }
     for (std::int64_t row = 0; row < rows; ++row) expected.push_back(expect(row));
 }
@@ -165,6 +185,7 @@ Row Case::expect(std::int64_t row) const {
         Real const x = (*logits)[row * classes + c];
         if (x > m) m = x;
     }
+    r.max = m;
     Real const smoothing = args.label_smoothing;
     Real const per_class = smoothing / classes;
     Real dot = 0, dot_size = 0;
@@ -193,7 +214,7 @@ Row Case::expect(std::int64_t row) const {
         dot += r.u[c] * r.shifted[c];
         dot_size += std::fabs(r.u_size[c] * r.shifted[c]);
     }
-    Real const log_sum = std::log(r.exp_sum);
+    Real const log_sum = r.log_sum = std::log(r.exp_sum);
     r.loss.value = r.target_sum * log_sum - dot;
     r.loss.largest = weight_size;
     r.loss.magnitude = r.target_size * (1 + log_sum) + dot_size;
@@ -202,20 +223,102 @@ Row Case::expect(std::int64_t row) const {
     for (Real shifted : r.shifted) {
         if (std::isfinite(shifted)) r.loss.absolute += std::fabs(shifted);
     }
+    r.lse = {m + log_sum, std::fabs(m) + log_sum + 1};
+    r.softmax = {r.target_sum, r.target_size};
+    Real row_weight = 1;
+    if (target) {
+        std::int64_t const y = indices()[row];
+        if (weight) row_weight = (*weight)[y];
+        r.truth = times({1 - smoothing, 1}, row_weight, computed);
+        if (args.gamma != 0) make_focal(r, y, row_weight);
+    }
+    if (args.z_loss != 0) add_z_loss(r, row_weight);
     return r;
+}
+
+// Both numbers of focal loss are functions of q = 1 - p, which the kernels know to some roundings
+// of 1, and of log p, which they know as well as log(1 - q) where p is near 1.
+void Case::make_focal(Row& r, std::int64_t index, Real w) const {
+    auto const y = static_cast<std::size_t>(index);
+    Real const gamma = rounded(computed, args.gamma);
+    Real const error = kRoundings * precision(computed).epsilon;
+    Real others = 0;
+    for (std::size_t c = 0; c < r.e.size(); ++c) {
+        if (c != y) others += r.e[c];
+    }
+    struct Focal {
+        Real loss, truth;
+    };
+    auto const focal = [&](Real q, Real p, Real minus_log_p) {
+        Real const power = std::pow(q, gamma);
+        Real const ratio = q == 0 ? 1 : p == 0 ? 0 : p * minus_log_p / q;
+        return Focal{power * minus_log_p, power * (1 + gamma * ratio)};
+    };
+    Real const q = others / r.exp_sum, p = r.e[y] / r.exp_sum,
+               minus_log_p = r.log_sum - r.shifted[y];
+    Focal const exact = focal(q, p, minus_log_p);
+    Real loss_error = 0, truth_error = 0;
+    for (Real near : {std::max(q - error, Real{0}), std::min(q + error, Real{1})}) {
+        Focal const f =
+            q < 0.25 ? focal(near, 1 - near, -std::log1p(-near)) : focal(near, p, minus_log_p);
+        if (std::isfinite(exact.loss)) {
+            loss_error = std::max(loss_error, std::fabs(f.loss - exact.loss));
+        }
+        truth_error = std::max(truth_error, std::fabs(f.truth - exact.truth));
+    }
+    Real const power_size = 1 + (q > 0 ? std::fabs(gamma * std::log(q)) : 0);
+    Real const log_p_size = std::isfinite(minus_log_p) ? minus_log_p : 0;
+    r.loss =
+        times({exact.loss, exact.loss * power_size + loss_error / error, log_p_size}, w, computed);
+    r.loss.absolute += log_p_size;  // the weight meets the power first
+    r.truth = times({exact.truth, exact.truth * power_size, 1 + gamma}, w, computed);
+    r.truth.absolute += 1 + gamma;
+    r.truth.largest = std::max(r.truth.largest, std::fabs(w) * (1 + gamma));
+    r.softmax = r.truth;
+    r.focal_error = std::fabs(w) * truth_error;
+    r.u[y] = r.truth.value;
+    r.u_size[y] = r.truth.magnitude;
+}
+
+void Case::add_z_loss(Row& r, Real w) const {
+    Real const factor = rounded(computed, args.z_loss) * w;
+    Expected slope = times(r.lse, factor, computed);
+    slope.absolute += r.lse.magnitude;
+    slope.largest = std::max(slope.largest, std::fabs(w));
+    auto const add = [](Expected& sum, Real value, Real magnitude, Real absolute) {
+        sum.value += value;
+        sum.magnitude += magnitude;
+        sum.absolute += absolute;
+        sum.largest = std::max({sum.largest, sum.magnitude});
+    };
+    Real const size = r.lse.magnitude;
+    add(r.loss, slope.value * r.lse.value, slope.magnitude * size, slope.absolute * size);
+    add(r.softmax, 2 * slope.value, 2 * slope.magnitude, 2 * slope.absolute);
+    for (Expected* sum : {&r.loss, &r.softmax}) {
+        sum->largest = std::max({sum->largest, slope.largest, slope.magnitude});
+    }
+    r.softmax.any_sign |= slope.any_sign;
 }
 
 Expected Case::expected_grad(const Row& row, std::int64_t i, Real upstream) const {
     if (row.ignored) return {0, 0};
     auto const c = static_cast<std::size_t>(i);
-    Real const scale = row.target_sum / row.exp_sum * upstream;
-    Real const size = std::fabs(row.target_size / row.exp_sum * upstream);
-    Real const spread = 1 + (row.e[c] > 0 ? std::fabs(row.shifted[c]) : 0) + std::log(row.exp_sum);
+    bool const is_true_class = target && i == indices()[&row - expected.data()];
+    Expected const scale = times(times(row.softmax, 1 / row.exp_sum, computed), upstream, computed);
+    Real const spread = 1 + (row.e[c] > 0 ? std::fabs(row.shifted[c]) : 0) + row.log_sum;
     Expected g{};
-    g.value = row.e[c] * scale - row.u[c] * upstream;
-    g.magnitude = row.e[c] * size * spread + std::fabs(row.u_size[c] * upstream);
-    g.absolute = std::fabs(upstream) * 2 + size + row.target_size;
-    g.largest = std::max({size, row.target_size, weight_size, std::fabs(upstream)});
+    g.value = row.e[c] * scale.value - row.u[c] * upstream;
+    g.magnitude = row.e[c] * scale.magnitude * spread + std::fabs(row.u_size[c] * upstream);
+    if (row.focal_error > 0) {
+        Real const share = std::fabs(row.e[c] / row.exp_sum - is_true_class);
+        g.magnitude += share * row.focal_error * std::fabs(upstream) /
+                       (kRoundings * precision(computed).epsilon);
+    }
+    g.absolute = std::fabs(upstream) * (2 + row.softmax.absolute + row.truth.absolute) +
+                 scale.magnitude + row.softmax.magnitude;
+    g.largest = std::max({scale.largest, scale.magnitude, row.softmax.magnitude, row.truth.largest,
+                          weight_size, std::fabs(upstream)});
+    g.any_sign = scale.any_sign;
     return g;
 }
 
@@ -226,7 +329,8 @@ void Case::wrong(const char* what, std::int64_t row, std::int64_t c, Real got,
               ", rows ", list(row_sizes), ", classes ", classes, ", logits strides ",
               list(logits->layout().strides), ", target kind ", int(args.target_kind), " dtype ",
               int(args.target_dtype), ", weight ", bool(weight), ", smoothing ",
-              args.label_smoothing, ", gradient scale ", args.gradient_scale, ", grad strides ",
+              args.label_smoothing, ", gamma ", args.gamma, ", z-loss ", args.z_loss,
+              ", gradient scale ", args.gradient_scale, ", grad strides ",
               list(grad ? grad->layout().strides : std::vector<std::int64_t>{})));
 }
 
@@ -264,6 +368,37 @@ void Case::check_scan(const CpuKernels& kernels) {
     indices()[row] = before;
 }
 
+void Case::check_stats() const {
+    for (std::int64_t row = 0; row < rows; ++row) {
+        const Row& r = expected[static_cast<std::size_t>(row)];
+        if (lse) {
+            Real const got = (*lse)[row];
+            bool const right = r.ignored ? got == 0 : is_close(got, r.lse, computed, computed);
+            if (!right) wrong("log-sum-exp", row, 0, got, r.lse);
+        }
+        if (!stats) continue;
+        Expected m{r.max, 0}, scale{0, 0}, truth = r.truth;
+        if (!r.ignored) {
+            Real const focal_size = r.focal_error / (kRoundings * precision(computed).epsilon);
+            scale = r.softmax;
+            scale.magnitude += focal_size;
+            truth.magnitude += focal_size;
+            scale = times(scale, 1 / r.exp_sum, computed);
+        }
+        auto const expect_stat = [&](const char* what, std::int64_t at, const Expected& e) {
+            Real const got = (*stats)[kRowStats * row + at];
+            bool const right = r.ignored ? got == 0 : is_close(got, e, computed, computed);
+            if (!right) wrong(what, row, 0, got, e);
+        };
+        // A row with NaN may have any maximum: what follows from it is NaN.
+        if (!std::isnan(r.exp_sum)) expect_stat("maximum", 0, m);
+        expect_stat("scale of exponentials", 1, scale);
+        expect_stat("coefficient of the true class", 2, truth);
+    }
+    if (lse) lse->expect_gaps_untouched({});
+    if (stats) stats->expect_gaps_untouched({});
+}
+
 void Case::check_grad(const std::vector<std::uint8_t>& before, bool backward) const {
     Real const scale = rounded(computed, args.gradient_scale);
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -287,6 +422,11 @@ void Case::check(const CpuKernels& kernels) {
                                    : choices.between(1, rows);
     std::vector<std::uint8_t> const logits_before = logits->bytes();
     std::vector<std::uint8_t> const grad_before = grad ? grad->bytes() : logits_before;
+    std::vector<std::pair<Array*, std::vector<std::uint8_t>>> of_rows;
+    for (Array* array : {losses.get(), stats.get(), lse.get()}) {
+        if (array) of_rows.emplace_back(array, array->bytes());
+    }
+    args.grad = grad_in_forward ? grad->data() : nullptr;
     std::vector<double> sums(static_cast<std::size_t>((rows + chunk - 1) / chunk));
     in_chunks(choices, rows, chunk, [&](std::int64_t i, std::int64_t begin, std::int64_t end) {
         sums[static_cast<std::size_t>(i)] = kernels.forward(args, begin, end);
@@ -301,6 +441,7 @@ void Case::check(const CpuKernels& kernels) {
         total.magnitude += loss.magnitude;
         total.absolute += loss.absolute;
         total.largest = std::max({total.largest, loss.largest, loss.magnitude});
+        total.any_sign |= loss.any_sign;
         if (!losses) continue;
         Real const got = (*losses)[row];
         bool const ignored = expected[static_cast<std::size_t>(row)].ignored;
@@ -314,16 +455,18 @@ void Case::check(const CpuKernels& kernels) {
     } else if (!is_close(got_total, total, computed, DType::float64)) {
         wrong("sum of losses", 0, 0, got_total, total);
     }
-    if (grad) check_grad(grad_before, false);
+    check_stats();
+    if (grad_in_forward) check_grad(grad_before, false);
     if (grad && stats) {
-        stats->expect_gaps_untouched({});
         grad->restore(grad_before);
+        args.grad = grad->data();
         in_chunks(choices, rows, chunk, [&](std::int64_t, std::int64_t begin, std::int64_t end) {
             kernels.backward(args, begin, end);
         });
         check_grad(grad_before, true);
-        grad->restore(grad_before);
     }
+    if (grad) grad->restore(grad_before);
+    for (auto& [array, before] : of_rows) array->restore(before);
     logits->expect_unchanged(logits_before);
 }
 

@@ -8,13 +8,27 @@ namespace {
 using fusedstep::kChunk;
 using fusedstep::sgd::CpuKernels;
 using fusedstep::sgd::Entry;
+using fusedstep::sgd::EntryPrecision;
 using fusedstep::sgd::Hyperparameters;
+using fusedstep::sgd::Precision;
 using fusedstep::sgd::Step;
 
 struct Tensors {
-    std::unique_ptr<Array> param, grad, buffer;
-    std::vector<std::uint8_t> param_before, grad_before, buffer_before;
-    std::vector<Real> p, g, b;  // before the step
+    std::unique_ptr<Array> param, grad, buffer, master;
+    std::vector<Real> p, g, b;  // before the step; p is the master weight where it counts
+
+    // Calls f(array) for those that the step may write.
+    template <class F>
+    void for_each(F f) const {
+        for (Array* array : {param.get(), grad.get(), buffer.get(), master.get()}) {
+            if (array) f(*array);
+        }
+    }
+    std::vector<std::vector<std::uint8_t>> bytes() const {
+        std::vector<std::vector<std::uint8_t>> all;
+        for_each([&](const Array& array) { all.push_back(array.bytes()); });
+        return all;
+    }
 };
 
 struct Case {
@@ -24,11 +38,15 @@ struct Case {
     Choices& choices;
     std::vector<Hyperparameters> groups;
     std::vector<Entry> entries;
+    std::vector<EntryPrecision> precisions;
     std::vector<Tensors> tensors;
     Step step{};
     const char* level = "";
 
 private:
+    void draw_master(Tensors& t, DType dtype);
+    Precision precision_of(std::size_t entry) const { return precisions[entry].precision; }
+    void update(const CpuKernels& kernels);
     void check_element(std::size_t entry, std::int64_t i) const;
     [[noreturn]] void wrong(const char* what, std::size_t entry, std::int64_t i, Real got,
                             const Expected& expected) const;
@@ -57,37 +75,66 @@ Case::Case(Choices& choices_) : choices(choices_) {
         entry.dtype = any_dtype(choices);
         entry.first_step = choices.one_in(3);
         chunk = entry.extent.end_chunk();
-        auto const make = [&] {
-            auto array = std::make_unique<Array>(choices, entry.dtype, numel);
+        EntryPrecision precision{};
+        if (fusedstep::item_size(entry.dtype) == 2 && choices.one_in(2)) {
+            precision.precision = entry.dtype == DType::bfloat16 && choices.one_in(2)
+                                      ? Precision::stochastic_rounding
+                                      : Precision::master_weights;
+            precision.key = choices.random();
+        }
+        bool const has_master = precision.precision == Precision::master_weights;
+        auto const make = [&](DType dtype) {
+            auto array = std::make_unique<Array>(choices, dtype, numel);
             Values values(choices);
             array->fill([&] { return values.next(); });
             return array;
         };
         Tensors t;
-        t.param = make();
-        t.grad = make();
+        t.param = make(entry.dtype);
+        t.grad = make(entry.dtype);
         entry.param = t.param->data();
         entry.grad = t.grad->data();
         if (groups[static_cast<std::size_t>(entry.group)].momentum != 0) {
-            t.buffer = make();
+            t.buffer = make(has_master ? DType::float32 : entry.dtype);
             entry.momentum_buffer = t.buffer->data();
-            t.buffer_before = t.buffer->bytes();
         }
-        t.param_before = t.param->bytes();
-        t.grad_before = t.grad->bytes();
+        if (has_master) {
+            t.master = make(DType::float32);
+            precision.master_param = static_cast<float*>(t.master->data());
+            draw_master(t, entry.dtype);
+        }
         for (std::int64_t i = 0; i < numel; ++i) {
-            t.p.push_back((*t.param)[i]);
+            if (!has_master) t.p.push_back((*t.param)[i]);
             t.g.push_back((*t.grad)[i]);
             t.b.push_back(t.buffer ? (*t.buffer)[i] : 0);
         }
         entries.push_back(entry);
+        precisions.push_back(precision);
         tensors.push_back(std::move(t));
     }
+    bool const all_ordinary =
+        std::all_of(precisions.begin(), precisions.end(),
+                    [](const EntryPrecision& p) { return p.precision == Precision::ordinary; });
+    step.precisions = all_ordinary && choices.one_in(2) ? nullptr : precisions.data();
     step.groups = groups.data();
     step.group_count = static_cast<std::int64_t>(groups.size());
     step.entries = entries.data();
     step.entry_count = static_cast<std::int64_t>(entries.size());
     step.grad_scale = choices.one_of({1.0, 65536.0, 3.0, 1e-30});
+}
+
+// Most parameters are their rounded master weights; the others have been changed since.
+void Case::draw_master(Tensors& t, DType dtype) {
+    std::int64_t const numel = t.param->layout().count();
+    bool const any_changed = choices.one_in(2);
+    for (std::int64_t i = 0; i < numel; ++i) {
+        Real const master = (*t.master)[i];
+        bool const changed = any_changed && choices.random() % 4 == 0;
+        if (!changed) t.param->set(i, static_cast<double>(rounded(dtype, master)));
+        Real const p = (*t.param)[i], expected = rounded(dtype, master);
+        bool const counts = p == expected && std::signbit(p) == std::signbit(expected);
+        t.p.push_back(counts ? master : p);
+    }
 }
 
 void Case::wrong(const char* what, std::size_t entry, std::int64_t i, Real got,
@@ -97,10 +144,11 @@ void Case::wrong(const char* what, std::size_t entry, std::int64_t i, Real got,
     auto const at = static_cast<std::size_t>(i);
     fail(text(what, " at ", level, ", entry ", entry, " element ", i, " of ",
               entries[entry].extent.numel, ": ", got, " instead of ", e.value, " (magnitude ",
-              e.magnitude, ")\n  dtype ", int(entries[entry].dtype), ", param ", t.p[at], ", grad ",
-              t.g[at], ", buffer ", t.b[at], ", first step ", entries[entry].first_step, "\n  lr ",
-              h.lr, ", momentum ", h.momentum, ", dampening ", h.dampening, ", weight decay ",
-              h.weight_decay, ", nesterov ", h.nesterov, ", maximize ", h.maximize, ", grad scale ",
+              e.magnitude, ")\n  dtype ", int(entries[entry].dtype), ", precision ",
+              int(precision_of(entry)), ", param ", t.p[at], ", grad ", t.g[at], ", buffer ",
+              t.b[at], ", first step ", entries[entry].first_step, "\n  lr ", h.lr, ", momentum ",
+              h.momentum, ", dampening ", h.dampening, ", weight decay ", h.weight_decay,
+              ", nesterov ", h.nesterov, ", maximize ", h.maximize, ", grad scale ",
               step.grad_scale));
 }
 
@@ -113,12 +161,13 @@ void Case::check_element(std::size_t entry, std::int64_t i) const {
                decay = rounded(computed, h.weight_decay),
                undampened = rounded(computed, 1.0 - h.dampening);
 
-    // The step follows from the gradient as it is stored.
+    // The step follows from the gradient as it is stored; with master weights, before that.
     Real g = (*t.grad)[i];
     if (step.grad_scale != 1) {
         Real const unscaled = t.g[at] / rounded(computed, step.grad_scale);
         Expected const e{unscaled, std::fabs(unscaled)};
         if (!is_close(g, e, computed, dtype)) wrong("unscaled gradient", entry, i, g, e);
+        if (t.master) g = unscaled;
     }
     if (h.maximize) g = -g;
     Real size = std::fabs(g), largest = size;
@@ -137,7 +186,9 @@ void Case::check_element(std::size_t entry, std::int64_t i) const {
             b.largest = size;
         }
         Real const got = (*t.buffer)[i];
-        if (!is_close(got, b, computed, dtype)) wrong("momentum buffer", entry, i, got, b);
+        if (!is_close(got, b, computed, t.buffer->dtype())) {
+            wrong("momentum buffer", entry, i, got, b);
+        }
         largest = std::max({largest, size, b.magnitude});
         g = h.nesterov ? g + momentum * b.value : b.value;
         size = h.nesterov ? size + momentum * b.magnitude : b.magnitude;
@@ -146,28 +197,54 @@ void Case::check_element(std::size_t entry, std::int64_t i) const {
     Expected const e{p + lr * g, std::fabs(p) + std::fabs(lr) * size, std::fabs(lr) * underflow,
                      std::max(largest, size)};
     Real const got = (*t.param)[i];
-    if (!is_close(got, e, computed, dtype)) wrong("parameter", entry, i, got, e);
+    if (t.master) {
+        Real const master = (*t.master)[i], stored = rounded(dtype, master);
+        if (!is_close(master, e, computed, computed)) wrong("master weight", entry, i, master, e);
+        if (got != stored && !std::isnan(master + got)) {
+            wrong("rounded master weight", entry, i, got, {stored, 0});
+        }
+        return;
+    }
+    bool const by_chance = precision_of(entry) == Precision::stochastic_rounding;
+    Storing const storing = by_chance ? Storing::either_neighbour : Storing::nearest;
+    if (!is_close(got, e, computed, dtype, storing)) wrong("parameter", entry, i, got, e);
+    bool const stays = h.lr == 0 && e.magnitude < 1e37L && e.largest < 1e37L;
+    if (stays && got != p) wrong("parameter that stays", entry, i, got, {p, 0});
 }
 
-void Case::check(const CpuKernels& kernels) {
+void Case::update(const CpuKernels& kernels) {
     std::int64_t const chunks = entries.back().extent.end_chunk();
     in_chunks(choices, chunks, choices.between(1, std::max<std::int64_t>(chunks, 1)),
               [&](std::int64_t, std::int64_t first, std::int64_t last) {
                   kernels.update(step, first, last);
               });
-    for (std::size_t entry = 0; entry < entries.size(); ++entry) {
-        Tensors& t = tensors[entry];
-        for (std::int64_t i = 0; i < entries[entry].extent.numel; ++i) check_element(entry, i);
-        if (step.grad_scale == 1) t.grad->expect_unchanged(t.grad_before);
-        t.grad->expect_gaps_untouched(t.grad_before);
-        t.param->expect_gaps_untouched(t.param_before);
-        t.grad->restore(t.grad_before);
-        t.param->restore(t.param_before);
-        if (t.buffer) {
-            t.buffer->expect_gaps_untouched(t.buffer_before);
-            t.buffer->restore(t.buffer_before);
+}
+
+void Case::check(const CpuKernels& kernels) {
+    std::vector<std::vector<std::vector<std::uint8_t>>> before, after;
+    for (const Tensors& t : tensors) before.push_back(t.bytes());
+    auto const restore = [&] {
+        for (std::size_t entry = 0; entry < entries.size(); ++entry) {
+            auto bytes = before[entry].begin();
+            tensors[entry].for_each([&](Array& array) { array.restore(*bytes++); });
         }
+    };
+    update(kernels);
+    for (std::size_t entry = 0; entry < entries.size(); ++entry) {
+        const Tensors& t = tensors[entry];
+        for (std::int64_t i = 0; i < entries[entry].extent.numel; ++i) check_element(entry, i);
+        if (step.grad_scale == 1) t.grad->expect_unchanged(before[entry][1]);
+        auto bytes = before[entry].begin();
+        t.for_each([&](const Array& array) { array.expect_gaps_untouched(*bytes++); });
+        after.push_back(t.bytes());
     }
+    // Cut elsewhere, in another order.
+    restore();
+    update(kernels);
+    for (std::size_t entry = 0; entry < entries.size(); ++entry) {
+        if (tensors[entry].bytes() != after[entry]) fail("other chunks gave other bits");
+    }
+    restore();
 }
 
 }  // namespace

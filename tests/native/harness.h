@@ -147,6 +147,12 @@ inline std::int64_t any_size(Choices& choices, std::int64_t most) {
 
 struct Precision {
     Real epsilon, largest, smallest_normal;
+
+    // Between the numbers that have the exponent of x.
+    Real spacing(Real x) const {
+        Real const size = std::max(std::fabs(x), smallest_normal);
+        return std::ldexp(epsilon, std::ilogb(size));
+    }
 };
 
 inline Precision precision(DType dtype) {
@@ -209,9 +215,15 @@ inline void write(DType dtype, void* data, std::int64_t index, double value) {
     });
 }
 
-// Rounded to float32 or float64.
+// To nearest, ties to even.
 inline Real rounded(DType dtype, Real x) {
-    return dtype == DType::float64 ? Real(static_cast<double>(x)) : Real(static_cast<float>(x));
+    if (dtype == DType::float64) return static_cast<double>(x);
+    if (dtype == DType::float32) return static_cast<float>(x);
+    if (!std::isfinite(x)) return x;
+    Precision const p = precision(dtype);
+    Real const nearest = std::nearbyint(x / p.spacing(x)) * p.spacing(x);
+    return std::fabs(nearest) > p.largest ? std::copysign(std::numeric_limits<Real>::infinity(), x)
+                                          : nearest;
 }
 
 // Numbers of one buffer: about one size, and as many extremes among them as was decided.
@@ -429,8 +441,9 @@ struct Expected {
     bool any_sign = false;  // of an infinity
 };
 
+constexpr Real kRoundings = 64;
+
 inline Real rounding_errors(const Expected& e, const Precision& c) {
-    constexpr Real kRoundings = 64;
     return kRoundings * c.epsilon * e.magnitude + 4 * c.smallest_normal * (1 + e.absolute);
 }
 
@@ -450,9 +463,12 @@ inline Expected times(Expected e, Real factor, DType computed) {
     return e;
 }
 
+enum class Storing { nearest, either_neighbour };
+
 // Whether `got`, computed in one type and stored in another, is the value: within some rounding
 // errors and not more, infinite or NaN where it has to be or where something overflowed on the way.
-inline bool is_close(Real got, const Expected& expected, DType computed, DType stored) {
+inline bool is_close(Real got, const Expected& expected, DType computed, DType stored,
+                     Storing storing = Storing::nearest) {
 #if defined(NATIVE_MEMORY_ONLY)
     // valgrind computes long double as double: it has nothing to compare with, but looks at whether
     // the decision below depends on memory that was never written.
@@ -471,6 +487,11 @@ inline bool is_close(Real got, const Expected& expected, DType computed, DType s
                (expected.any_sign && is_infinite);
     }
     if (is_nan || is_infinite) return may_overflow;
+    if (storing == Storing::either_neighbour) {
+        Real const low = expected.value - error, high = expected.value + error;
+        Real const below = s.spacing(low), above = s.spacing(high);
+        return std::floor(low / below) * below <= got && got <= std::ceil(high / above) * above;
+    }
     Real const stored_error =
         computed == stored
             ? 0
