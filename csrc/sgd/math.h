@@ -124,9 +124,9 @@ FUSEDSTEP_HD U random_bits(std::uint64_t key, std::uint32_t high, U low) {
 // of the way that x has gone to it, in units of 2^-16, which is exact. V is a float or a vector.
 template <class V, class U>
 FUSEDSTEP_HD V round_stochastically(V x, U random) {
-    U const bits = bit_cast<U>(x);
+    U const bits = __builtin_bit_cast(U, x);
     U const rounded = (bits + (random >> 16)) & 0xffff0000u;
-    return bit_cast<V>((bits & 0x7fffffffu) > 0x7f800000u ? bits : rounded);
+    return __builtin_bit_cast(V, (bits & 0x7fffffffu) > 0x7f800000u ? bits : rounded);
 }
 
 }  // namespace fusedstep::sgd
