@@ -41,7 +41,8 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-psabi",
-    "-Wno-unused-parameter",  # torch's headers
+    "-Wno-unused-parameter",  # torch's headers, and the next
+    "-Wno-maybe-uninitialized",
     "-Wno-unknown-pragmas",
     "-Wno-missing-field-initializers",
     "-g0",
