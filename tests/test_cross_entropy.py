@@ -1223,6 +1223,33 @@ def test_log_sum_exp_in_reduced_precision(dtype: torch.dtype, device: str) -> No
 
 
 @pytest.mark.level
+@pytest.mark.parametrize("classes", [8, 300])
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16], ids=str)
+def test_smoothing_of_weights_whose_sum_overflows(
+    dtype: torch.dtype, classes: int, device: str
+) -> None:
+    """Each class weight is a number in float32; the sum over the classes is none."""
+    logits = torch.randn(9, classes, device=device).to(dtype)
+    weight = torch.full((classes,), 2.0**125, device=device, dtype=dtype)
+    target = torch.randint(classes, (9,), device=device)
+    huge, plain = (
+        F.cross_entropy(
+            logits.double() if wide else logits,
+            target,
+            weight.double() if wide else weight,
+            reduction="none",
+            label_smoothing=0.25,
+        )
+        for wide in (False, True)
+    )
+    finite = plain < torch.finfo(dtype).max
+    assert finite.any() and torch.equal(huge.isfinite(), finite)
+    torch.testing.assert_close(
+        huge[finite].double() / 2.0**125, plain[finite] / 2.0**125, rtol=1e-2, atol=0
+    )
+
+
+@pytest.mark.level
 @pytest.mark.parametrize("shape", [(33, 5), (33, 300), (2, 5, 21)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_focal_loss_without_focus_is_cross_entropy(
@@ -1321,9 +1348,11 @@ BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
 def test_bad_arguments_of_our_own_functions(name: str) -> None:
     function, options, raised, match = BAD_OPTIONS[name]
     arguments = {"input": torch.randn(3, 5), "target": torch.tensor([0, 1, 4])} | options
-    with pytest.raises(raised, match=match):
+    with pytest.raises(raised, match=match) as error:
         OURS_ALONE[function](**arguments)
         F.check_targets()
+    named = re.match(r"\w*(cross_entropy|focal_loss)\w*(?=:)", str(error.value))
+    assert named is None or named[0] == function
 
 
 @pytest.mark.parametrize("name", OURS_ALONE)
@@ -1538,7 +1567,7 @@ def test_operators_refuse_tensors_that_do_not_fit() -> None:
     forward = torch.ops.fusedstep.cross_entropy_forward
     backward = torch.ops.fusedstep.cross_entropy_backward
     x, y = torch.randn(5, 7), torch.zeros(5, dtype=torch.int64)
-    rest = (1, -100, 0.0, 0.0, 0.0, F32, True, True, False)
+    rest = (1, -100, 0.0, 0.0, None, F32, True, True, False)
     with pytest.raises(RuntimeError, match="target of shape"):
         forward(x, y[:4], None, *rest)
     with pytest.raises(RuntimeError, match="weight must have"):
@@ -1956,7 +1985,7 @@ def forward_arguments(
         options["ignore_index"],
         options.get("label_smoothing", 0.0),
         options.get("z_loss", 0.0),
-        options.get("gamma", 0.0),
+        options.get("gamma"),
         loss_dtype,
         with_grad,
         with_stats,

@@ -305,6 +305,17 @@ def test_table(device: str) -> None:
     assert lines[1].index("a weight") == lines[2].index("a target")
 
 
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_focal_loss_counts_as_itself(gamma: float, device: str) -> None:
+    """Without focus too, where it is cross-entropy."""
+    x = logits(requires_grad=True)
+    F.focal_loss(x, labels(), gamma).backward()
+    twice(lambda x: F.focal_loss(x, labels(), gamma))
+    F.focal_loss(logits(), labels(), gamma, weight=torch.ones(4).double())
+    (calls,) = fusedstep.stats().calls
+    assert (calls.operator, calls.fused, calls.fell_back) == ("focal_loss", 2, 2)
+
+
 def test_an_unknown_operator_is_named() -> None:
     with pytest.raises(KeyError, match="nll_loss"):
         fusedstep.stats()["nll_loss"]

@@ -19,6 +19,14 @@ __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ float natural_log(float x) { return logf(x); }
 __device__ __forceinline__ double natural_log(double x) { return log(x); }
 
+// a b + c, rounded once.
+__device__ __forceinline__ float fused_multiply_add(float a, float b, float c) {
+    return fmaf(a, b, c);
+}
+__device__ __forceinline__ double fused_multiply_add(double a, double b, double c) {
+    return fma(a, b, c);
+}
+
 // 2^x to 2 units in the last place; subnormal results are flushed to zero.
 __device__ __forceinline__ float exp2_fast(float x) {
 #if defined(__CUDA_ARCH__)

@@ -6,6 +6,8 @@
 // and nowhere else (the baseline level has none and rounds twice).
 #pragma once
 
+#include "core/compensated_sum.h"
+
 #if !defined(FUSEDSTEP_LEVEL)
 #error "include core/level_baseline.h, level_avx2.h or level_avx512.h first"
 #endif
@@ -266,26 +268,39 @@ FUSEDSTEP_VEC void transpose(Vec<A> (&rows)[kLanes<A>]) {
     }
 }
 
-// The sum of lanes in double, whatever A is, in a fixed order.
+// The sum of lanes, in a fixed order: of floats in double,
 template <class A>
-struct DoubleSum {
-    static constexpr int kParts = static_cast<int>(sizeof(double) / sizeof(A));
-    VecD parts[kParts] = {};
+struct LaneSum {
+    VecD parts[2] = {};
 
     FUSEDSTEP_VEC void add(Vec<A> v) {
-        if constexpr (kParts == 1) {
-            parts[0] += v;
-        } else {
-            HalfF halves[2];
-            std::memcpy(halves, &v, sizeof(v));
-            parts[0] += __builtin_convertvector(halves[0], VecD);
-            parts[1] += __builtin_convertvector(halves[1], VecD);
-        }
+        HalfF halves[2];
+        std::memcpy(halves, &v, sizeof(v));
+        parts[0] += __builtin_convertvector(halves[0], VecD);
+        parts[1] += __builtin_convertvector(halves[1], VecD);
     }
+    FUSEDSTEP_VEC double total() const { return reduce_sum<double>(parts[0] + parts[1]); }
+};
+
+// and of doubles with compensation: the low part of every addition (Knuth's two-sum) is kept apart.
+template <>
+struct LaneSum<double> {
+    VecD sum = {};
+    VecD low = {};
+
+    FUSEDSTEP_VEC void add(VecD v) {
+        VecD const next = sum + v;
+        VecD const added = next - sum;
+        low += (sum - (next - added)) + (v - added);
+        sum = next;
+    }
+    // What was infinite or NaN without compensation is so with it.
     FUSEDSTEP_VEC double total() const {
-        VecD sum = parts[0];
-        for (int i = 1; i < kParts; ++i) sum += parts[i];
-        return reduce_sum<double>(sum);
+        CompensatedSum lanes;
+        for (int i = 0; i < kLanes<double>; ++i) lanes.add(sum[i]);
+        double const lost = reduce_sum<double>(low);
+        if (lost == lost) lanes.add(lost);
+        return lanes.total();
     }
 };
 

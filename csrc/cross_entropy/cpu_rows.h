@@ -142,27 +142,16 @@ acc_t<T> row_max(const T* x, std::int64_t classes) {
     return reduce_max<A>(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// exp(x - m), stored to e where kStore, and the row's sums. Sums are taken in blocks, and kBlocks
-// of them join a double: a row of any length is rounded as one of that many blocks is.
+// exp(x - m), stored to e where kStore, and the row's sums. Sums are taken in blocks, whose
+// totals join a sum that a row of any length does not round more than a short one.
 template <bool kStore, class T, class Dense>
 ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximum,
                            const Dense& dense, acc_t<T>* e) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     constexpr std::int64_t kBlock = 64 * 4 * L;
-    constexpr int kBlocks = 64;
     Vec<A> const m = broadcast(row_maximum);
-    Vec<A> exp_sum{}, target_sum{}, target_dot{};
-    ExpSums<double> total{};
-    auto flush = [&]() __attribute__((always_inline)) {
-        total.exp_sum += static_cast<double>(reduce_sum<A>(exp_sum));
-        exp_sum = Vec<A>{};
-        if constexpr (Dense::kDense) {
-            total.target_sum += static_cast<double>(reduce_sum<A>(target_sum));
-            total.target_dot += static_cast<double>(reduce_sum<A>(target_dot));
-            target_sum = target_dot = Vec<A>{};
-        }
-    };
+    LaneSum<A> exp_sum, target_sum, target_dot;
 
     auto one = [&](std::int64_t c, Vec<A>& s, Vec<A>& u_sum, Vec<A>& u_dot)
                    __attribute__((always_inline)) {
@@ -178,40 +167,43 @@ ExpSums<acc_t<T>> exp_pass(const T* x, std::int64_t classes, acc_t<T> row_maximu
                    };
 
     std::int64_t c = 0;
-    for (int blocks = 0; c + 4 * L <= classes; ++blocks) {
-        if (blocks == kBlocks) {
-            flush();
-            blocks = 0;
-        }
+    while (c + 4 * L <= classes) {
         std::int64_t const block_end = c + kBlock < classes ? c + kBlock : classes;
         Vec<A> s[4] = {}, u_sum[2] = {}, u_dot[2] = {};
         for (; c + 4 * L <= block_end; c += 4 * L) {
 #pragma GCC unroll 4
             for (int k = 0; k < 4; ++k) one(c + k * L, s[k], u_sum[k % 2], u_dot[k % 2]);
         }
-        exp_sum += (s[0] + s[1]) + (s[2] + s[3]);
+        exp_sum.add((s[0] + s[1]) + (s[2] + s[3]));
         if constexpr (Dense::kDense) {
-            target_sum += u_sum[0] + u_sum[1];
-            target_dot += u_dot[0] + u_dot[1];
+            target_sum.add(u_sum[0] + u_sum[1]);
+            target_dot.add(u_dot[0] + u_dot[1]);
         }
     }
-    for (; c + L <= classes; c += L) one(c, exp_sum, target_sum, target_dot);
+    Vec<A> last{}, last_sum{}, last_dot{};
+    for (; c + L <= classes; c += L) one(c, last, last_sum, last_dot);
     if (c < classes) {
         std::int64_t const n = classes - c;
         VecInt<A> const valid = first_lanes<A>(n);
         Vec<A> const shifted = load_partial(x + c, n) - m;
         Vec<A> const v = valid ? exp(shifted) : Vec<A>{};
         if constexpr (kStore) store_partial(e + c, v, n);
-        exp_sum += v;
+        last += v;
         if constexpr (Dense::kDense) {
             Vec<A> const u = dense.along_classes_partial(c, n);
-            target_sum += valid ? u : Vec<A>{};
-            target_dot += valid ? u * shifted : Vec<A>{};
+            last_sum += valid ? u : Vec<A>{};
+            last_dot += valid ? u * shifted : Vec<A>{};
         }
     }
-    flush();
-    return {static_cast<A>(total.exp_sum), static_cast<A>(total.target_sum),
-            static_cast<A>(total.target_dot)};
+    exp_sum.add(last);
+    if constexpr (Dense::kDense) {
+        target_sum.add(last_sum);
+        target_dot.add(last_dot);
+        return {static_cast<A>(exp_sum.total()), static_cast<A>(target_sum.total()),
+                static_cast<A>(target_dot.total())};
+    } else {
+        return {static_cast<A>(exp_sum.total()), A{}, A{}};
+    }
 }
 
 // grad_c = value(c) * scale - u_c * gradient_scale, where value is exp(x_c - m), read or
@@ -336,7 +328,7 @@ Problem<T, Dense> make_problem(const Args& args, Dense dense) {
              args.target_row_strides[last]}};
 }
 
-// exp and log of one row, or of one row per lane.
+// The mathematics of one row, or of one row per lane.
 struct RowMath {
     template <class V>
     FUSEDSTEP_VEC static V exp(V x) {
@@ -351,6 +343,13 @@ struct RowMath {
             return std::log(x);
         else
             return FUSEDSTEP_LEVEL::log(x);
+    }
+    template <class V>
+    FUSEDSTEP_VEC static V fmadd(V a, V b, V c) {
+        if constexpr (std::is_floating_point_v<V>)
+            return FUSEDSTEP_LEVEL::fmadd(broadcast(a), broadcast(b), broadcast(c))[0];
+        else
+            return FUSEDSTEP_LEVEL::fmadd(a, b, c);
     }
 };
 
@@ -397,7 +396,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
     // exp(x - m) waits in the gradient row itself where that has the precision, else in scratch.
     constexpr bool kInPlace = std::is_same_v<T, A>;
     Scratch<A> scratch(p.grad && !kInPlace ? classes : 0);
-    double total = 0;
+    CompensatedSum total;
 
     for_each_run(args, begin, end, [&](std::int64_t first, std::int64_t n, Offsets at) {
         for (std::int64_t i = 0; i < n; ++i) {
@@ -429,8 +428,8 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
                 if (grad) e_y = e[y];
             }
             A const log_sum = std::log(sums.exp_sum);
-            RowTerms<A> terms{row_loss(sums.target_sum, log_sum, sums.target_dot), sums.target_sum,
-                              u_y};
+            RowTerms<A> terms{row_loss<RowMath>(sums.target_sum, log_sum, sums.target_dot),
+                              sums.target_sum, u_y};
             if (p.changes_terms()) {
                 RowSums<A> const of{m, sums.exp_sum, log_sum, shifted_y, row_weight};
                 change_terms<RowMath>(terms, of, p.gamma, p.z_loss);
@@ -441,7 +440,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             if (args.row_losses) {
                 write_row_loss(args, row, static_cast<double>(terms.loss));
             } else {
-                total += static_cast<double>(terms.loss);
+                total.add(static_cast<double>(terms.loss));
             }
             if (grad) {
                 write_gradient(
@@ -451,7 +450,7 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             }
         }
     });
-    return total;
+    return total.total();
 }
 
 template <class T, class Dense>
@@ -642,7 +641,7 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
     const Args& args = p.args;
     std::int64_t const classes = args.classes;
     std::int64_t const block_size = tile_block(classes);
-    DoubleSum<A> total;
+    LaneSum<A> total;
     for_each_tile(
         p, tile_dense, begin, end,
         [&](std::int64_t row, int n, A* tile, const TileDense& dense, T* grad) {
@@ -674,24 +673,28 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
             for (std::int64_t block = 0; block < classes; block += block_size) {
                 std::int64_t const block_end =
                     block + block_size < classes ? block + block_size : classes;
-                Vec<A> s{}, u_sum{}, u_dot{};
-                for (std::int64_t c = block; c < block_end; ++c) {
+                Vec<A> s[2] = {}, u_sum[2] = {}, u_dot[2] = {};
+                auto const one = [&](std::int64_t c, int k) __attribute__((always_inline)) {
                     Vec<A> const shifted = load(tile + c * L) - m;
                     Vec<A> const e = exp(shifted);
                     store(tile + c * L, e);
-                    s += e;
+                    s[k] += e;
                     if constexpr (Dense::kDense) {
                         Vec<A> const u = dense.across_rows(c);
-                        if constexpr (Dense::kPerRow) u_sum += u;
-                        u_dot = fmadd(u, shifted, u_dot);
+                        if constexpr (Dense::kPerRow) u_sum[k] += u;
+                        u_dot[k] = fmadd(u, shifted, u_dot[k]);
                     }
-                }
-                exp_sum += s;
-                if constexpr (Dense::kPerRow) target_sum += u_sum;
-                if constexpr (Dense::kDense) target_dot += u_dot;
+                };
+                std::int64_t c = block;
+                for (; c + 2 <= block_end; c += 2) one(c, 0), one(c + 1, 1);
+                if (c < block_end) one(c, 0);
+                exp_sum += s[0] + s[1];
+                if constexpr (Dense::kPerRow) target_sum += u_sum[0] + u_sum[1];
+                if constexpr (Dense::kDense) target_dot += u_dot[0] + u_dot[1];
             }
             Vec<A> const log_sum = log(exp_sum);
-            RowTerms<Vec<A>> terms{row_loss(target_sum, log_sum, target_dot), target_sum, truth.u};
+            RowTerms<Vec<A>> terms{row_loss<RowMath>(target_sum, log_sum, target_dot), target_sum,
+                                   truth.u};
             if (p.changes_terms()) {
                 RowSums<Vec<A>> const of{m, exp_sum, log_sum, shifted_y, row_weight};
                 change_terms<RowMath>(terms, of, p.gamma, p.z_loss);
@@ -759,14 +762,14 @@ auto with_problem(const Args& args, F f) {
         using T = typename decltype(tag)::type;
         using A = acc_t<T>;
         const A* const weight = static_cast<const A*>(args.weight);
-        A const per_class =
-            static_cast<A>(args.label_smoothing / static_cast<double>(args.classes));
+        double const classes = static_cast<double>(args.classes);
+        A const per_class = static_cast<A>(args.label_smoothing / classes);
         if (args.target_kind == TargetKind::index) {
             return f(make_problem<T>(args, NoDense<A>{}), NoDense<A>{});
         }
         if (args.target_kind == TargetKind::smoothed_index) {
-            SmoothDense<A> const dense{weight, per_class,
-                                       per_class * static_cast<A>(args.weight_sum)};
+            double const mass = args.weight_sum * (args.label_smoothing / classes);
+            SmoothDense<A> const dense{weight, per_class, static_cast<A>(mass)};
             return f(make_problem<T>(args, dense), dense);
         }
         A const keep = static_cast<A>(1.0 - args.label_smoothing);

@@ -158,11 +158,14 @@ private:
     }
 };
 
-// exp and log of a row's numbers.
+// The mathematics of a row's numbers.
 template <class T>
 struct RowMath {
     __device__ __forceinline__ static acc_t<T> exp(acc_t<T> x) { return exponential<T>(x); }
     __device__ __forceinline__ static acc_t<T> log(acc_t<T> x) { return natural_log(x); }
+    __device__ __forceinline__ static acc_t<T> fmadd(acc_t<T> a, acc_t<T> b, acc_t<T> c) {
+        return fused_multiply_add(a, b, c);
+    }
 };
 
 // ---- A group of threads that share a row ----
@@ -290,9 +293,9 @@ __device__ __forceinline__ void wait_for_grid() {
 
 // 1 / (the weights of all rows that count), the same in every thread. NaN where no row counts.
 template <class A, bool kDense>
-__device__ __forceinline__ double mean_scale(const ForwardArgs& a, Shared<A, kDense>& shared) {
+__device__ __forceinline__ double mean_divisor(const ForwardArgs& a, Shared<A, kDense>& shared) {
     const Args& args = a.args;
-    if (args.target_kind == TargetKind::probability) return 1.0 / static_cast<double>(args.rows);
+    if (args.target_kind == TargetKind::probability) return static_cast<double>(args.rows);
     double weight[1] = {0};
     std::int64_t const step = std::int64_t{gridDim.x} * blockDim.x;
     for (std::int64_t row = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; row < args.rows;
@@ -311,14 +314,14 @@ __device__ __forceinline__ double mean_scale(const ForwardArgs& a, Shared<A, kDe
         }
         reduce_block(weight, shared.weight, Add{});
     }
-    return weight[0] == 0 ? static_cast<double>(NAN) : 1.0 / weight[0];
+    return weight[0] == 0 ? static_cast<double>(NAN) : weight[0];
 }
 
 // Adds up what the blocks found and leaves it where the host asked for it.
 template <class A, bool kDense>
 __device__ __forceinline__ void finish(const ForwardArgs& a, Shared<A, kDense>& shared,
                                        double thread_loss, std::int64_t thread_fault,
-                                       double scale) {
+                                       double divisor) {
     double loss[1] = {thread_loss};
     std::int64_t fault[1] = {thread_fault};
     reduce_block(loss, shared.loss, Add{});
@@ -340,9 +343,9 @@ __device__ __forceinline__ void finish(const ForwardArgs& a, Shared<A, kDense>& 
         reduce_block(fault, shared.fault, Least{});
     }
     if (threadIdx.x > 0) return;
-    if (a.loss) store_scalar(a.loss, a.args.loss_dtype, 0, loss[0] * scale);
+    if (a.loss) store_scalar(a.loss, a.args.loss_dtype, 0, loss[0] / divisor);
     if (a.args.row_stats) {
-        static_cast<A*>(a.args.row_stats)[kRowStats * a.args.rows] = static_cast<A>(scale);
+        static_cast<A*>(a.args.row_stats)[kRowStats * a.args.rows] = static_cast<A>(1.0 / divisor);
     }
     if (fault[0] != kNoFault && a.fault->found == 0) {
         a.fault->row = fault[0];
@@ -484,8 +487,8 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
     auto& shared = block_shared<Shared<A, kDense>>();
     Group<A, kDense> const group(group_size, shared);
 
-    double const scale = a.reduction == Reduction::mean ? mean_scale<A>(a, shared) : 1.0;
-    A const upstream = static_cast<A>(scale);
+    double const divisor = a.reduction == Reduction::mean ? mean_divisor<A>(a, shared) : 1.0;
+    A const upstream = static_cast<A>(1.0 / divisor);
     // Focal loss has no dense part.
     double const gamma = kDense ? 0.0 : args.gamma;
     bool const changes_terms = gamma != 0 || args.z_loss != 0;
@@ -605,7 +608,8 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             A const log_sum = natural_log(exp_sum);
             A const shifted_y =
                 truth.index >= 0 ? to_acc(x[truth.index * args.logits_class_stride]) - m : A{};
-            terms.loss = row_loss(terms.softmax, log_sum, sums.target_dot() + truth.u * shifted_y);
+            terms.loss = row_loss<RowMath<T>>(terms.softmax, log_sum,
+                                              sums.target_dot() + truth.u * shifted_y);
             if (changes_terms && !truth.fault) {
                 A const weight = truth.index >= 0 ? class_weight<A>(args, truth.index) : A{1};
                 RowSums<A> const of{m, exp_sum, log_sum, shifted_y, weight};
@@ -654,7 +658,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
         }
     }
     group.leave();
-    finish(a, shared, loss_sum, first_fault, scale);
+    finish(a, shared, loss_sum, first_fault, divisor);
 }
 
 // ---- Backward ----

@@ -38,9 +38,10 @@ FUSEDSTEP_HD V probability_coefficient(V probability, V class_weight, V keep,
     return (probability * keep + smoothing_per_class) * class_weight;
 }
 
-template <class V>
+// Math::exp(x), Math::log(x); Math::fmadd(a, b, c) = a b + c, rounded once where the processor can.
+template <class Math, class V>
 FUSEDSTEP_HD V row_loss(V target_sum, V log_sum, V target_dot_shifted) {
-    return target_sum * log_sum - target_dot_shifted;
+    return Math::fmadd(target_sum, log_sum, -target_dot_shifted);
 }
 
 // What a row's sums come to: its loss, and the coefficients of its gradient

@@ -64,7 +64,7 @@ struct Options {
     std::int64_t ignore_index;
     double label_smoothing = 0;
     double z_loss = 0;
-    double gamma = 0;
+    std::optional<double> gamma{};  // of focal loss; none: cross-entropy
 };
 
 // ---- What is covered ----
@@ -72,9 +72,11 @@ struct Options {
 CallCounter cross_entropy_calls("cross_entropy");
 CallCounter with_lse_calls("cross_entropy_with_lse");
 CallCounter focal_calls("focal_loss");
+constexpr const char* kBackward = "cross_entropy_backward";
 
-CallCounter& calls_of(double gamma, bool with_lse) {
-    if (gamma != 0) return focal_calls;
+// Of the function that the user called.
+CallCounter& calls_of(std::optional<double> gamma, bool with_lse) {
+    if (gamma) return focal_calls;
     return with_lse ? with_lse_calls : cross_entropy_calls;
 }
 
@@ -96,10 +98,10 @@ c10::SymDimVector index_shape(const Tensor& logits) {
 }
 
 // Raises the type that torch raises for the same fault.
-void check_shapes(const Tensor& logits, const Tensor& target) {
+void check_shapes(const char* op, const Tensor& logits, const Tensor& target) {
     if (target.sym_sizes() == logits.sym_sizes()) {
-        TORCH_CHECK(at::isFloatingType(target.scalar_type()),
-                    "cross_entropy: target has the shape of the logits, ", logits.sym_sizes(),
+        TORCH_CHECK(at::isFloatingType(target.scalar_type()), op,
+                    ": target has the shape of the logits, ", logits.sym_sizes(),
                     ", and so holds class probabilities, which must be floating point, but its "
                     "dtype is ",
                     target.scalar_type());
@@ -108,14 +110,14 @@ void check_shapes(const Tensor& logits, const Tensor& target) {
     c10::SymDimVector const expected = index_shape(logits);
     bool const one_index = logits.dim() == 1 && target.dim() == 1 && target.sym_size(0) == 1;
     if (target.sym_sizes() == c10::SymIntArrayRef(expected) || one_index) {
-        TORCH_CHECK(is_class_index(target),
-                    "cross_entropy: target holds class indices and must have dtype Long or Byte, "
+        TORCH_CHECK(is_class_index(target), op,
+                    ": target holds class indices and must have dtype Long or Byte, "
                     "but its dtype is ",
                     target.scalar_type());
         return;
     }
     auto const message =
-        c10::str("cross_entropy: target has shape ", target.sym_sizes(), ", but logits of shape ",
+        c10::str(op, ": target has shape ", target.sym_sizes(), ", but logits of shape ",
                  logits.sym_sizes(), " need class indices of shape ", c10::SymIntArrayRef(expected),
                  " or class probabilities of shape ", logits.sym_sizes());
     bool const batches_differ =
@@ -149,9 +151,9 @@ Covered<at::ScalarType> loss_type(const Tensor& logits, const Tensor& target,
 }
 
 // Decides from metadata alone. Raises for shapes that no kernel could accept.
-Covered<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& target,
-                                          const OptionalTensor& weight, std::int64_t reduction,
-                                          std::int64_t ignore_index, double label_smoothing) {
+Covered<at::ScalarType> covered_loss_type(const char* op, const Tensor& logits,
+                                          const Tensor& target, const OptionalTensor& weight,
+                                          const Options& options) {
     if (!has_kernels(logits)) return not_covered("a device without kernels");
     if (in_functorch()) return not_covered("a torch.func transform");
     if (in_jit_trace()) return not_covered("a program that torch.jit.trace records");
@@ -164,8 +166,8 @@ Covered<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& ta
         return not_covered("a number of dimensions that the kernels do not walk");
     }
     if (class_count(logits) == 0) return not_covered("no classes");
-    if (reduction < 0 || reduction > 2) return not_covered("an unknown reduction");
-    if (!(label_smoothing >= 0.0 && label_smoothing <= 1.0)) {
+    if (options.reduction < 0 || options.reduction > 2) return not_covered("an unknown reduction");
+    if (!(options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0)) {
         return not_covered("label_smoothing outside [0, 1]");
     }
     if (target.requires_grad()) return not_covered("a target that requires a gradient");
@@ -183,9 +185,9 @@ Covered<at::ScalarType> covered_loss_type(const Tensor& logits, const Tensor& ta
             return not_covered("weight is not one value for each class");
         }
     }
-    check_shapes(logits, target);
+    check_shapes(op, logits, target);
     bool const probabilities = !is_class_index(target);
-    if (probabilities && ignore_index >= 0) {
+    if (probabilities && options.ignore_index >= 0) {
         return not_covered("ignore_index with class probabilities");
     }
     return loss_type(logits, target, weight, probabilities);
@@ -243,8 +245,10 @@ struct KernelArgs {
     Tensor target;
     Tensor weight;
 
-    KernelArgs(const Tensor& logits, const Tensor& target_, const OptionalTensor& weight_,
-               std::int64_t ignore_index, double label_smoothing, const Tensor& grad) {
+    // `op` is whom errors name.
+    KernelArgs(const char* op, const Tensor& logits, const Tensor& target_,
+               const OptionalTensor& weight_, std::int64_t ignore_index, double label_smoothing,
+               const Tensor& grad) {
         bool const probabilities = !is_class_index(target_);
         // Indices are one per row: copying them where they are not adjacent costs 1/C of a pass.
         target = probabilities ? target_ : target_.to(at::kLong).contiguous();
@@ -263,14 +267,13 @@ struct KernelArgs {
 
         // The operators can be called without what cross_entropy() checks first.
         args.classes = logits.size(classes_at);
-        TORCH_CHECK(args.classes > 0, "cross_entropy: logits of shape ", logits.sizes(),
-                    " have no classes");
+        TORCH_CHECK(args.classes > 0, op, ": logits of shape ", logits.sizes(), " have no classes");
         args.rows = logits.numel() / args.classes;
         TORCH_CHECK(probabilities ? target.sizes() == logits.sizes() : target.numel() == args.rows,
-                    "cross_entropy: target of shape ", target.sizes(),
-                    " does not fit logits of shape ", logits.sizes());
-        TORCH_CHECK(!weight.defined() || weight.numel() == args.classes,
-                    "cross_entropy: weight must have one value for each of ", args.classes,
+                    op, ": target of shape ", target.sizes(), " does not fit logits of shape ",
+                    logits.sizes());
+        TORCH_CHECK(!weight.defined() || weight.numel() == args.classes, op,
+                    ": weight must have one value for each of ", args.classes,
                     " classes, but has shape ", weight.sizes());
         args.row_dims = layout.dims;
         std::copy_n(layout.sizes, layout.dims, args.row_sizes);
@@ -300,11 +303,11 @@ struct KernelArgs {
         }
     }
 
-    void set_terms(double z_loss, double gamma) {
-        TORCH_CHECK(gamma == 0 || args.target_kind == TargetKind::index,
-                    "cross_entropy: gamma is for class indices without label smoothing");
+    void set_terms(double z_loss, std::optional<double> gamma) {
+        TORCH_CHECK(!gamma || args.target_kind == TargetKind::index,
+                    "focal_loss: gamma is for class indices without label smoothing");
         args.z_loss = z_loss;
-        args.gamma = gamma;
+        args.gamma = gamma.value_or(0);
     }
 
     Outputs make_outputs(const Tensor& logits, Reduction reduction, at::ScalarType loss_dtype,
@@ -329,7 +332,8 @@ struct KernelArgs {
     void check_backward(const Tensor& grad_output, const Tensor& stats) const {
         TORCH_CHECK(stats.numel() == kRowStats * args.rows + 1 &&
                         (grad_output.numel() == 1 || grad_output.numel() == args.rows),
-                    "cross_entropy: stats and grad_output do not belong to ", args.rows, " rows");
+                    "cross_entropy_backward: stats and grad_output do not belong to ", args.rows,
+                    " rows");
     }
 };
 
@@ -345,7 +349,7 @@ double weight_sum_cpu(const KernelArgs& kernel) {
 }
 
 // The sum of weights of the rows that count. Raises IndexError for a class index out of range.
-double scan_targets_cpu(const Args& args) {
+double scan_targets_cpu(const char* op, const Args& args) {
     constexpr std::int64_t kChunkRows = 16384;
     c10::SmallVector<TargetScan, 8> scans((args.rows + kChunkRows - 1) / kChunkRows);
     for_each_chunk(args.rows, kChunkRows,
@@ -354,7 +358,7 @@ double scan_targets_cpu(const Args& args) {
                    });
     CompensatedSum sum;
     for (const TargetScan& scan : scans) {
-        TORCH_CHECK_INDEX(scan.first_invalid < 0, "cross_entropy: target ",
+        TORCH_CHECK_INDEX(scan.first_invalid < 0, op, ": target ",
                           args.target_index[scan.first_invalid], " at row ", scan.first_invalid,
                           " is out of bounds for ", args.classes,
                           " classes (and is not ignore_index, ", args.ignore_index, ")");
@@ -366,21 +370,26 @@ double scan_targets_cpu(const Args& args) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
     std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing, double z_loss,
-    double gamma, at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
+    std::optional<double> gamma, at::ScalarType loss_dtype, bool with_grad, bool with_stats,
+    bool with_lse) {
     auto const reduction = static_cast<Reduction>(reduction_);
+    CallCounter& calls = calls_of(gamma, with_lse);
     Tensor const grad = with_grad ? empty_gradient(logits) : Tensor();
-    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    KernelArgs kernel(calls.op(), logits, target, weight, ignore_index, label_smoothing, grad);
     kernel.set_terms(z_loss, gamma);
     Args& args = kernel.args;
     args.weight_sum = weight_sum_cpu(kernel);
 
     double row_weights = static_cast<double>(args.rows);
-    if (args.target_kind != TargetKind::probability) row_weights = scan_targets_cpu(args);
-    // A mean over no weight at all is NaN, and so is the gradient of every row in it.
-    if (reduction == Reduction::mean) {
-        args.gradient_scale =
-            row_weights == 0 ? std::numeric_limits<double>::quiet_NaN() : 1.0 / row_weights;
+    if (args.target_kind != TargetKind::probability) {
+        row_weights = scan_targets_cpu(calls.op(), args);
     }
+    // A mean over no weight at all is NaN, and so is the gradient of every row in it.
+    double divisor = 1;
+    if (reduction == Reduction::mean) {
+        divisor = row_weights == 0 ? std::numeric_limits<double>::quiet_NaN() : row_weights;
+    }
+    args.gradient_scale = 1.0 / divisor;
 
     auto [loss, stats, lse] =
         kernel.make_outputs(logits, reduction, loss_dtype, with_stats, with_lse);
@@ -395,9 +404,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
     if (reduction != Reduction::none) {
         CompensatedSum total;
         for (double sum : sums) total.add(sum);
-        write_scalar(loss, 0, total.total() * args.gradient_scale);
+        write_scalar(loss, 0, total.total() / divisor);
     }
-    calls_of(gamma, with_lse).fused(logits.device());
+    calls.fused(logits.device());
     return {loss, with_grad ? grad : nothing(logits, logits.scalar_type()), stats, lse};
 }
 
@@ -405,11 +414,13 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
                     const OptionalTensor& weight, std::int64_t ignore_index, double label_smoothing,
                     const Tensor& stats) {
     Tensor const grad = empty_gradient(logits);
-    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    KernelArgs kernel(kBackward, logits, target, weight, ignore_index, label_smoothing, grad);
     Args& args = kernel.args;
     args.weight_sum = weight_sum_cpu(kernel);
     // Class indices are looked at again: memory can change without autograd noticing (numpy).
-    if (args.target_kind != TargetKind::probability) scan_targets_cpu(args);
+    if (args.target_kind != TargetKind::probability) {
+        scan_targets_cpu(kBackward, args);
+    }
     kernel.check_backward(grad_output, stats);
     Tensor const upstream = grad_output.to(accumulate_type(logits.scalar_type())).contiguous();
     args.grad_output = upstream.const_data_ptr();
@@ -446,8 +457,7 @@ void raise_target_fault(volatile TargetFault& fault, c10::Device device) {
     std::int64_t const target = fault.target;
     std::int64_t const classes = fault.classes;
     fault.found = 0;
-    TORCH_CHECK_INDEX(false, "cross_entropy: target ", target, " at row ", row,
-                      " is out of bounds for ", classes,
+    TORCH_CHECK_INDEX(false, "target ", target, " at row ", row, " is out of bounds for ", classes,
                       " classes (and is not ignore_index); found on ", device,
                       " in an earlier call, whose loss and gradient are NaN there");
 }
@@ -455,14 +465,16 @@ void raise_target_fault(volatile TargetFault& fault, c10::Device device) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
     std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing, double z_loss,
-    double gamma, at::ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) {
+    std::optional<double> gamma, at::ScalarType loss_dtype, bool with_grad, bool with_stats,
+    bool with_lse) {
     CudaGuard const guard(logits.device());
     TargetFault& fault = target_fault(logits.device());
     raise_target_fault(fault, logits.device());
     auto const reduction = static_cast<Reduction>(reduction_);
     const DeviceLimits& limits = device_limits(logits.device());
+    CallCounter& calls = calls_of(gamma, with_lse);
     Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();
-    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    KernelArgs kernel(calls.op(), logits, target, weight, ignore_index, label_smoothing, grad);
     kernel.set_terms(z_loss, gamma);
     auto const [loss, stats, lse] =
         kernel.make_outputs(logits, reduction, loss_dtype, with_stats, with_lse);
@@ -473,8 +485,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
                            reduction == Reduction::none ? nullptr : loss.mutable_data_ptr(),
                            static_cast<BlockTotals*>(totals.mutable_data_ptr()),
                            kernel.args.target_kind == TargetKind::probability ? nullptr : &fault};
-    check_launch(forward(args, limits, current_stream(logits.device())), "cross_entropy");
-    calls_of(gamma, with_lse).fused(logits.device());
+    check_launch(forward(args, limits, current_stream(logits.device())), calls.op());
+    calls.fused(logits.device());
     return {loss, with_grad ? grad : nothing(logits, logits.scalar_type()), stats, lse};
 }
 
@@ -485,7 +497,7 @@ void write_backward_cuda(const Tensor& grad_output, const Tensor& logits, const 
                          double label_smoothing, const Tensor& stats, const Tensor& grad,
                          bool keep_if_one) {
     CudaGuard const guard(logits.device());
-    KernelArgs kernel(logits, target, weight, ignore_index, label_smoothing, grad);
+    KernelArgs kernel(kBackward, logits, target, weight, ignore_index, label_smoothing, grad);
     kernel.check_backward(grad_output, stats);
     // What was expanded from one value is read as one value.
     bool one = grad_output.numel() == 1;
@@ -499,7 +511,7 @@ void write_backward_cuda(const Tensor& grad_output, const Tensor& logits, const 
     kernel.args.row_stats = stats.mutable_data_ptr();
     BackwardArgs const args{kernel.args, *kernel_dtype(upstream.scalar_type()), keep_if_one};
     check_launch(backward(args, device_limits(logits.device()), current_stream(logits.device())),
-                 "cross_entropy_backward");
+                 kBackward);
 }
 
 Tensor backward_cuda(const Tensor& grad_output, const Tensor& logits, const Tensor& target,
@@ -560,7 +572,8 @@ LossAndLse composed(const Tensor& logits, const Tensor& target, const OptionalTe
         if (options.reduction == static_cast<std::int64_t>(Reduction::sum)) return rows.sum();
         return row_weights.defined() ? rows.sum() / row_weights.sum() : rows.mean();
     };
-    if (options.gamma != 0) {
+    double const gamma = options.gamma.value_or(0);
+    if (gamma != 0) {
         Tensor const minus_log_p =
             at::cross_entropy_loss(x, target, {}, static_cast<std::int64_t>(Reduction::none),
                                    options.ignore_index)
@@ -569,7 +582,7 @@ LossAndLse composed(const Tensor& logits, const Tensor& target, const OptionalTe
         Tensor const certain = minus_log_p.eq(0);
         Tensor const q = at::where(certain.logical_or(minus_log_p.isinf()), 1.0,
                                    at::expm1(minus_log_p.neg()).neg());
-        loss = reduce(at::where(certain, 0.0, row_weights * q.pow(options.gamma) * minus_log_p));
+        loss = reduce(at::where(certain, 0.0, row_weights * q.pow(gamma) * minus_log_p));
     }
     if (options.z_loss != 0) {
         Tensor const squares = lse * lse * options.z_loss;
@@ -733,8 +746,8 @@ LossAndLse fused(const Tensor& logits, const Tensor& target, const OptionalTenso
 Covered<LossAndLse> fused_where_covered(const Tensor& logits, const Tensor& target,
                                         const OptionalTensor& weight, const Options& options,
                                         bool with_lse = false) {
-    auto const loss_dtype = covered_loss_type(logits, target, weight, options.reduction,
-                                              options.ignore_index, options.label_smoothing);
+    const char* const op = calls_of(options.gamma, with_lse).op();
+    auto const loss_dtype = covered_loss_type(op, logits, target, weight, options);
     if (!loss_dtype) return loss_dtype.why_not();
     return fused(logits, target, weight, options, *loss_dtype, with_lse);
 }
@@ -864,7 +877,7 @@ TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
         focal_loss_op);
     m.def(
         "cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, int reduction, "
-        "int ignore_index, float label_smoothing, float z_loss, float gamma, "
+        "int ignore_index, float label_smoothing, float z_loss, float? gamma, "
         "ScalarType loss_dtype, bool with_grad, bool with_stats, bool with_lse) "
         "-> (Tensor loss, Tensor grad, Tensor stats, Tensor lse)");
     // `stats` is flat: {m, E, u_y} of each row in turn (cross_entropy.h), then the factor that a

@@ -19,15 +19,11 @@ namespace {
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
 
 struct VectorMath {
+    static FUSEDSTEP_VEC VecF exp(VecF x) { return exp_closely(x); }
+    static FUSEDSTEP_VEC VecD exp(VecD x) { return ::fusedstep::FUSEDSTEP_LEVEL::exp(x); }
     template <class V>
-    static FUSEDSTEP_VEC V exp(V x) {
-        return ::fusedstep::FUSEDSTEP_LEVEL::exp(x);
-    }
-    // What 1 + x was rounded by is added to first order: log(u + r) = log u + r / u + O(r^2).
-    template <class V>
-    static FUSEDSTEP_VEC V log1p(V x) {
-        V const u = x + 1;
-        return log(u) + (x - (u - 1)) / u;
+    static FUSEDSTEP_VEC V log_plus(V x, V rest) {
+        return ::fusedstep::FUSEDSTEP_LEVEL::log_plus(x, rest);
     }
     template <class V>
     static FUSEDSTEP_VEC V fmadd(V a, V b, V c) {
@@ -113,7 +109,7 @@ double adjacent_run(const T* input, const T* target, T* grad, std::int64_t n, do
         else
             return reciprocal.times(derivative);
     };
-    DoubleSum<A> total;
+    LaneSum<A> total;
     std::int64_t i = 0;
     while (i + 4 * L <= n) {
         std::int64_t const block_end = i + kBlock < n ? i + kBlock : n;
@@ -268,7 +264,7 @@ double packed_forward(const Args& args, std::int64_t begin, std::int64_t end) {
             if (args.loss.data) {
                 write_packed(scratch.loss, n, args.loss, args.loss_dtype, at.loss, i, last);
             } else {
-                DoubleSum<A> block;
+                LaneSum<A> block;
                 for (std::int64_t k = 0; k < n; k += L) {
                     block.add(first_lanes<A>(n - k) ? load(scratch.loss + k) : Vec<A>{});
                 }

@@ -19,13 +19,13 @@ constexpr int kBlocks = sizeof(T) == 8 ? kMinBlocks / 2 : kMinBlocks;
 struct ScalarMath {
     static __device__ __forceinline__ float exp(float x) { return exponential<float>(x); }
     static __device__ __forceinline__ double exp(double x) { return exponential<double>(x); }
-    static __device__ __forceinline__ float log1p(float x) { return log1pf(x); }
-    static __device__ __forceinline__ double log1p(double x) { return ::log1p(x); }
-    static __device__ __forceinline__ float fmadd(float a, float b, float c) {
-        return fmaf(a, b, c);
+    template <class A>
+    static __device__ __forceinline__ A log_plus(A x, A rest) {
+        return natural_log(x) + rest;
     }
-    static __device__ __forceinline__ double fmadd(double a, double b, double c) {
-        return ::fma(a, b, c);
+    template <class A>
+    static __device__ __forceinline__ A fmadd(A a, A b, A c) {
+        return fused_multiply_add(a, b, c);
     }
 };
 
@@ -149,7 +149,7 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void forward_kernel(
     }
     if (!a.loss) return;
     double const total = grid_sum(sum, a.totals, shared.sum);
-    if (thread == 0) store_scalar(a.loss, args.loss_dtype, 0, total * args.gradient_scale);
+    if (thread == 0) store_scalar(a.loss, args.loss_dtype, 0, total / a.divisor);
 }
 
 template <class T, bool kVectors>

@@ -16,6 +16,7 @@ inline constexpr unsigned kThreads = 256;
 struct ForwardArgs {
     Args args;
     void* loss;      // the reduced loss, in args.loss_dtype; null where args.loss is there
+    double divisor;  // of the reduced loss
     double* totals;  // one for each of max_blocks()
 };
 

@@ -10,7 +10,8 @@
 //                    delta (|d| - delta / 2)  elsewhere                 delta sign(d)
 //   bce_with_logits  (1 - t) x + softplus(-x)                           s - t
 //   weighted_bce     (1 - t) x + (1 + (q - 1) t) softplus(-x)           (1 - t + q t) s - q t
-//                    with q = pos_weight, s = sigmoid(x), softplus(y) = log(1 + exp(y))
+//                    with q = pos_weight, s = sigmoid(x), softplus(-x) = max(-x, 0) + log(1 + e),
+//                    e = exp(-|x|)
 //
 // These are the definitions that the torch.nn modules of the same names document; smooth_l1 is that
 // of Girshick, 2015, huber that of Huber, 1964. bce_with_logits is the binary cross-entropy of s,
@@ -73,9 +74,33 @@ FUSEDSTEP_HD V sign(V d) {
     return d > V{} ? one : (d < V{} ? -one : V{});
 }
 
-// Math::exp(x) for x <= 0, Math::log1p(x) for 0 <= x <= 1, Math::fmadd(a, b, c) = a b + c, rounded
-// once where the processor can. `parameter` is smooth_l1's beta,
-// huber's delta, or weighted_bce's pos_weight of this point.
+// What 1 + e is rounded by, for 0 <= e <= 1, is made good to first order where it would show:
+// 1 + e = sum + lost, log(1 + e) = log(sum) + lost / sum.
+template <class Math, class V>
+struct OnePlus {
+    V sum;
+    V lost;
+    V inverse;
+
+    explicit FUSEDSTEP_HD OnePlus(V e) {
+        V const one = V{} + 1;
+        sum = one + e;
+        lost = e - (sum - one);
+        inverse = one / sum;
+    }
+    // What log(sum) lacks.
+    FUSEDSTEP_HD V log_lost() const { return lost * inverse; }
+    // numerator / (1 + e): a quotient, and its remainder's.
+    FUSEDSTEP_HD V divide(V numerator) const {
+        V const quotient = numerator * inverse;
+        V const remainder = Math::fmadd(-quotient, sum, numerator);
+        return Math::fmadd(Math::fmadd(-quotient, lost, remainder), inverse, quotient);
+    }
+};
+
+// Math::exp(x) for x <= 0, Math::log_plus(x, y) = log(x) + y for 1 <= x <= 2, Math::fmadd(a, b, c)
+// = a b + c, rounded once where the processor can. `parameter` is smooth_l1's beta, huber's delta,
+// or weighted_bce's pos_weight of this point.
 template <Kind kind, class Math, class V>
 FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
     V const zero{};
@@ -83,11 +108,18 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
         V const one = zero + 1;
         V const magnitude = x < zero ? -x : x;
         V const e = Math::exp(-magnitude);
-        V const softplus = Math::log1p(e) + (x < zero ? -x : zero);
-        V const sigmoid = (x < zero ? e : one) / (one + e);
+        OnePlus<Math, V> const one_plus_e(e);
+        V const lost = one_plus_e.log_lost();
+        V const opposite = x < zero ? -x : zero;
+        V const sigmoid = one_plus_e.divide(x < zero ? e : one);
         if constexpr (kind == Kind::bce_with_logits) {
-            return {Math::fmadd(one - t, x, softplus), sigmoid - t};
+            // The logarithm comes last, to be rounded with all the rest. For x < 0 the product and
+            // -x add up to little, -t x: what is lost may show beside that, not beside x.
+            V const rest =
+                Math::fmadd(one - t, x, x < zero ? opposite : lost) + (x < zero ? lost : zero);
+            return {Math::log_plus(one_plus_e.sum, rest), sigmoid - t};
         }
+        V const softplus = Math::log_plus(one_plus_e.sum, lost + opposite);
         V const weighted = parameter * t;
         return {(one - t) * x + (one + (parameter - one) * t) * softplus,
                 (one - t + weighted) * sigmoid - weighted};

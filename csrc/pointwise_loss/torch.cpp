@@ -73,6 +73,10 @@ struct Call {
     double parameter;
 
     bool is_reduced() const { return reduction != Reduction::none; }
+    // Of the reduced loss.
+    double divisor() const {
+        return reduction == Reduction::mean ? static_cast<double>(input.numel()) : 1.0;
+    }
 };
 
 // Of a weight or pos_weight, constant and to be expanded to the shape of the input.
@@ -160,8 +164,7 @@ struct KernelArgs {
         args.numel = input.numel();
         args.dtype = *kernel_dtype(input.scalar_type());
         args.target_dtype = *kernel_dtype(call.target.scalar_type());
-        args.gradient_scale =
-            call.reduction == Reduction::mean ? 1.0 / static_cast<double>(args.numel) : 1.0;
+        args.gradient_scale = 1.0 / call.divisor();
 
         std::array<std::pair<Operand*, Tensor>, 7> operands{
             {{&args.input, input},
@@ -285,7 +288,7 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& input, const Tensor& target
     if (call.is_reduced()) {
         CompensatedSum total;
         for (double sum : sums) total.add(sum);
-        write_scalar(out.loss, 0, total.total() * args.gradient_scale);
+        write_scalar(out.loss, 0, total.total() / call.divisor());
     }
     calls(kind).fused(input.device());
     return out.tuple(call);
@@ -330,7 +333,7 @@ std::tuple<Tensor, Tensor> forward_cuda(const Tensor& input, const Tensor& targe
     Tensor const totals = at::empty({call.is_reduced() ? max_blocks(kernel.args, limits) : 0},
                                     input.options().dtype(at::kDouble));
     ForwardArgs const args{kernel.args, call.is_reduced() ? out.loss.mutable_data_ptr() : nullptr,
-                           static_cast<double*>(totals.mutable_data_ptr())};
+                           call.divisor(), static_cast<double*>(totals.mutable_data_ptr())};
     check_launch(forward(args, limits, current_stream(input.device())), "pointwise_loss");
     calls(kind).fused(input.device());
     return out.tuple(call);

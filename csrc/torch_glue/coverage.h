@@ -64,6 +64,7 @@ public:
     CallCounter(const CallCounter&) = delete;
     CallCounter& operator=(const CallCounter&) = delete;
 
+    const char* op() const { return op_; }
     void fused(c10::Device device, std::int64_t times = 1) {
         fused_[static_cast<std::size_t>(device.type())].fetch_add(times, std::memory_order_relaxed);
     }

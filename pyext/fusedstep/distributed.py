@@ -389,7 +389,7 @@ def _forward(
         ignore_index,
         label_smoothing,
         z_loss=0.0,
-        gamma=0.0,
+        gamma=None,
         loss_dtype=_accumulate_dtype(logits),
         with_grad=False,
         with_stats=True,

@@ -42,7 +42,7 @@ def _cross_entropy_forward(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
-    gamma: float,
+    gamma: float | None,
     loss_dtype: torch.dtype,
     with_grad: bool,
     with_stats: bool,
