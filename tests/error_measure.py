@@ -278,8 +278,9 @@ def errors(results: Results, exact: Exact, dtype: torch.dtype) -> dict[str, Arra
 def rows_of(
     operation: Operation, size: tuple[int, ...], dtype: torch.dtype, numbers: int = 2_000_000
 ) -> Iterator[Row]:
-    """Draws inputs until there are about so many numbers; from 10 to 300 times."""
-    draws = min(300, max(10, numbers // math.prod(size)))
+    """Draws inputs until there are about so many numbers; from 60 to 300 times (a
+    reduced loss is one number a draw)."""
+    draws = min(300, max(60, numbers // math.prod(size)))
     pooled: dict[str, tuple[list[Array], list[Array]]] = {}
     for seed in range(draws):
         torch.manual_seed(seed)
