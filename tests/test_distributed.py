@@ -308,6 +308,21 @@ def check_model_averaging(device: torch.device) -> None:
     same_parameters(ended[1], ended[0])
 
 
+def check_update_in_backward_is_refused(device: torch.device) -> None:
+    """The reducer would hand out gradients that have been dropped."""
+    for wrapped_first in (False, True):
+        model = network(device)
+        kept = [p.detach().clone() for p in model.parameters()]
+        wrapped = ddp(model, device) if wrapped_first else None
+        optimizer = OnlyKernels(model.parameters(), lr=0.1, in_backward=True)
+        wrapped = wrapped or ddp(model, device)
+        images, labels = batch(0, device)
+        with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+            nn.CrossEntropyLoss()(wrapped(images), labels).backward()
+        identical([p.detach() for p in model.parameters()], kept)
+        assert not optimizer.state
+
+
 @pytest.mark.parametrize(
     ("world", "check"),
     [
@@ -319,6 +334,7 @@ def check_model_averaging(device: torch.device) -> None:
         (3, check_empty_and_ignored_batches),
         (2, check_zero_redundancy),
         (2, check_model_averaging),
+        (2, check_update_in_backward_is_refused),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -397,6 +413,24 @@ def check_fsdp_is_one_process(device: torch.device) -> None:
         step(alone, of_one, nn.CrossEntropyLoss(), (whole[0], whole[1]))
     for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_fsdp_in_backward(device: torch.device) -> None:
+    """Each shard is updated when its gradient is reduced, bit for bit as by a step after it."""
+    for options in OPTIONS:
+        models, optimizers = [], []
+        for in_backward in (False, True):
+            model = sharded(device)
+            optimizer = fusedstep.SGD(model.parameters(), **options, in_backward=in_backward)
+            for index in range(3):
+                optimizer.zero_grad()
+                images, labels = batch(index, device)
+                fusedstep.CrossEntropyLoss()(model(images), labels).backward()
+                assert all((p.grad is None) == in_backward for p in model.parameters())
+                optimizer.step()
+            models.append(model)
+            optimizers.append(optimizer)
+        same_sharded_training(models, optimizers)
 
 
 def check_fsdp_with_scaler(device: torch.device) -> None:
@@ -655,6 +689,7 @@ def test_checkpoints_of_rounded_parameters(ranks: Ranks, tmp_path: Path) -> None
         (2, check_rounding_of_sums_is_refused),
         (4, check_fsdp),
         (3, check_fsdp_is_one_process),
+        (2, check_fsdp_in_backward),
         (2, check_fsdp_with_scaler),
         (4, check_meshes),
         (2, check_gradients_elsewhere),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import os
-import socket
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -432,74 +430,3 @@ def test_one_launch_for_each_parameter(launches: Any) -> None:
     with launches() as kernels:
         loss.backward()
     assert len([kernel for kernel in kernels if "sgd::" in kernel]) == 6
-
-
-# ------------------------------------------------------------------ torch.distributed
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def distributed(rank: int, world: int, port: int, work: Callable[[int, int], None]) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        work(rank, world)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def spawn(work: Callable[[int, int], None], world: int = 2) -> None:
-    torch.multiprocessing.spawn(distributed, (world, free_port(), work), nprocs=world)
-
-
-def refuse_ddp(rank: int, world: int) -> None:
-    for wrapped_first in (False, True):
-        model = network()
-        if wrapped_first:
-            ddp = nn.parallel.DistributedDataParallel(model)
-        optimizer = SGD(model.parameters(), lr=0.1, in_backward=True)
-        if not wrapped_first:
-            ddp = nn.parallel.DistributedDataParallel(model)
-        kept = copy.deepcopy(list(model.parameters()))
-        with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-            ddp(torch.randn(7, 17)).square().mean().backward()
-        identical(list(model.parameters()), kept)
-        assert not optimizer.state
-
-
-def train_with_fsdp(rank: int, world: int) -> None:
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    torch.manual_seed(0)
-    models = pair()
-    for layer in (models[0][0], models[0][2], models[0]):
-        fully_shard(layer)
-    ours = SGD(models[0].parameters(), **MOMENTUM, in_backward=True)
-    theirs = NativeSGD(models[1].parameters(), **MOMENTUM)
-    for _ in range(3):
-        batches = torch.randn(world, 7, 17)
-        ours.zero_grad()
-        models[0](batches[rank]).square().mean().backward()
-        assert all(p.grad is None for p in models[0].parameters())
-        ours.step()
-        theirs.zero_grad()
-        models[1](batches.flatten(0, 1)).square().mean().backward()
-        theirs.step()
-    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert isinstance(p, DTensor)
-        torch.testing.assert_close(p.full_tensor(), q.detach())
-
-
-def test_distributed_data_parallel_is_refused(cpu_only: None) -> None:
-    spawn(refuse_ddp)
-
-
-def test_fully_shard(cpu_only: None) -> None:
-    spawn(train_with_fsdp)
