@@ -69,7 +69,7 @@ else
 	$(BIN)/pytest $(PARALLEL) $(ARGS)
 endif
 
-clients-test: $(BUILT) $(CLIENTS_INSTALLED)  ## train with Lightning, Accelerate, Transformers, timm
+clients-test: $(BUILT) $(CLIENTS_INSTALLED)  ## train with Lightning, Accelerate and Transformers
 	PYTHONPATH=pyext $(CLIENTS_BIN)/pytest $(PARALLEL) tests/clients
 
 properties: $(BUILT)  ## try new inputs on every property, SECONDS each (ARGS="--device cuda")
@@ -123,7 +123,7 @@ cuda-build: $(CUDA_BUILT)  ## build with CUDA into .venv-cuda (needs nvcc, no GP
 cuda-test: $(CUDA_BUILT)  ## check the CUDA build's machine code, run CPU tests and emulator on it
 	$(CUDA_BIN)/python -m fusedstep info
 	$(CUDA_BIN)/pytest $(PARALLEL) tests/test_cuda_resources.py tests/test_build.py \
-	    $(ROOM_TESTS) tests/test_brief.py
+	    $(ROOM_TESTS) tests/test_brief.py tests/test_timm.py
 	$(CUDA_BIN)/pytest $(PARALLEL) $(EMULATED)
 
 gpu-check:  ## build, test, sanitize and measure on this machine's GPU, with PYTHON's torch, into OUT
@@ -157,11 +157,11 @@ $(DOCS_INSTALLED): requirements-docs.txt $(INSTALLED)
 	@touch $@
 
 # `torch==X` also accepts X+cpu; `torch===X` accepts X alone, which on Linux is the CUDA build.
-$(CUDA_INSTALLED): requirements-dev.txt
+$(CUDA_INSTALLED): requirements-dev.txt requirements-cuda.txt
 	@test -x "$${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" || command -v nvcc >/dev/null || \
 	    { echo 'The CUDA build needs nvcc: install a CUDA toolkit and put nvcc on PATH.'; exit 1; }
 	$(PYTHON) -m venv $(CUDA_VENV)
-	sed 's/^torch==/torch===/' $< > $(CUDA_VENV)/requirements.txt
+	sed 's/^torch==/torch===/' $^ > $(CUDA_VENV)/requirements.txt
 	$(CUDA_BIN)/pip install --disable-pip-version-check -r $(CUDA_VENV)/requirements.txt
 	@touch $@
 

@@ -12,8 +12,8 @@ from numerics import identical
 
 try:
     import timm
-except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built with CUDA
-    pytest.skip(f"timm and its torchvision: {error}", allow_module_level=True)
+except ImportError:
+    pytest.skip("timm is not installed; make cuda-test has it", allow_module_level=True)
 
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
