@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import inspect
 import io
 import itertools
 import math
 import pickle
+import platform
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -1217,6 +1219,31 @@ def test_gradients_do_not_share_memory() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(check_many, range(4)))
+
+
+# ------------------------------------------------------------------ speed, by what can be counted
+
+
+@pytest.mark.level
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag is x86's")
+@pytest.mark.usefixtures("cpu_only")
+@pytest.mark.parametrize("numel", [1, 4096, 5000])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_ordinary_numbers_make_no_subnormal_ones(
+    loss: str, dtype: torch.dtype, reduction: str, numel: int
+) -> None:
+    """A subnormal result costs a processor more than a hundred cycles."""
+    flags, underflow = ctypes.CDLL("libm.so.6"), 0x10
+    input, target = torch.randn(numel, dtype=dtype, requires_grad=True), torch.rand(numel).to(dtype)
+    flags.feclearexcept(underflow)
+    value = getattr(F, loss)(input, target, reduction=reduction)
+    (gradient,) = torch.autograd.grad(value, input, torch.full_like(value, 0.75))
+    assert not flags.fetestexcept(underflow)
+    flags.feclearexcept(underflow)
+    gradient.detach().float().mul_(1e-38).mul_(1e-3)
+    assert flags.fetestexcept(underflow) or not gradient.any()
 
 
 # ------------------------------------------------------------------ living inside torch
