@@ -141,7 +141,8 @@ optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 loss = torch.nn.CrossEntropyLoss()(net(torch.randn(8, 4)), torch.randint(3, (8,)))
 loss.backward()
 optimizer.step()
-print(dist.get_rank(), type(loss.grad_fn).__name__, *sys.argv[1:])
+line = " ".join([str(dist.get_rank()), type(loss.grad_fn).__name__, *sys.argv[1:]])
+sys.stdout.write(line + "\\n")  # at once, beside the other rank's
 dist.destroy_process_group()
 """
 
