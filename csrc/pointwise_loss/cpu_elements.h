@@ -85,8 +85,8 @@ struct Reciprocal {
         double const n = std::nearbyint(1.0 / factor);
         if (std::fma(static_cast<double>(high), n, -1.0) > 0) high = std::nextafter(high, A{});
         low = static_cast<A>(-std::fma(static_cast<double>(high), n, -1.0) / n);
-        // Where 1/n is exact this adds nothing, and makes no subnormal products: processors take so
-        // long for these that 2^22 elements took 30 ms instead of 4.5.
+        // Where 1/n is exact: so little that it adds nothing, and not so little that products are
+        // subnormal, which processors may take a hundred cycles and more for.
         if (!(low > 0)) low = high * static_cast<A>(0x1p-60);
     }
     FUSEDSTEP_VEC Vec<A> times(Vec<A> v) const {
