@@ -49,62 +49,98 @@ private:
     c10::SmallVector<const at::Tensor*, 4> tensors_;
 };
 
-// The result of a loss, or None where torch's own function has to run.
-template <class Loss>
-py::object without_gil(Loss loss) {
-    decltype(loss()) result;
-    {
-        py::gil_scoped_release release;
-        result = loss();
+// A Python number as a T, or none; no tensor, whose gradient might be wanted.
+template <class T>
+std::optional<T> number(py::handle object) {
+    py::detail::make_caster<T> caster;
+    if (THPVariable_Check(object.ptr()) || !caster.load(object, /*convert=*/true)) {
+        return std::nullopt;
     }
+    return static_cast<T>(caster);
+}
+
+// As the kernels count them; none for another name.
+std::optional<std::int64_t> reduction_code(py::handle reduction) {
+    if (!PyUnicode_Check(reduction.ptr())) return std::nullopt;
+    std::int64_t code = 0;
+    for (const char* name : {"none", "mean", "sum"}) {
+        if (PyUnicode_CompareWithASCIIString(reduction.ptr(), name) == 0) return code;
+        ++code;
+    }
+    return std::nullopt;
+}
+
+// What a loss returns of its numbers, or None where one is missing or torch's own function has to
+// run. Other Python threads may run beside it, but for so few elements on the CPU that handing over
+// the interpreter takes as long.
+template <class Loss, class... Numbers>
+py::object computed(const PlainTensors& tensors, Loss loss, std::optional<Numbers>... numbers) {
+    constexpr std::int64_t kBrief = 2048;
+    if (!tensors || !(numbers.has_value() && ...)) return py::none();
+    const at::Tensor& input = tensors.required(0);
+    std::optional<py::gil_scoped_release> release;
+    if (!input.is_cpu() || input.numel() > kBrief) release.emplace();
+    auto result = loss(*numbers...);
+    release.reset();
     return result ? py::cast(std::move(*result)) : py::none();
 }
 
 py::object cross_entropy(py::handle input, py::handle target, py::handle weight,
-                         std::int64_t reduction, std::int64_t ignore_index,
-                         double label_smoothing) {
+                         py::handle reduction, py::handle ignore_index,
+                         py::handle label_smoothing) {
     PlainTensors const tensors({input, target}, {weight});
-    if (!tensors) return py::none();
-    return without_gil([&] {
-        return fusedstep::cross_entropy::cross_entropy(tensors.required(0), tensors.required(1),
-                                                       tensors.optional(2), reduction, ignore_index,
-                                                       label_smoothing);
-    });
+    return computed(
+        tensors,
+        [&](std::int64_t reduction, std::int64_t ignore_index, double label_smoothing) {
+            return fusedstep::cross_entropy::cross_entropy(tensors.required(0), tensors.required(1),
+                                                           tensors.optional(2), reduction,
+                                                           ignore_index, label_smoothing);
+        },
+        reduction_code(reduction), number<std::int64_t>(ignore_index),
+        number<double>(label_smoothing));
 }
 
 py::object cross_entropy_with_lse(py::handle input, py::handle target, py::handle weight,
-                                  std::int64_t reduction, std::int64_t ignore_index,
-                                  double label_smoothing, double z_loss) {
+                                  py::handle reduction, py::handle ignore_index,
+                                  py::handle label_smoothing, py::handle z_loss) {
     PlainTensors const tensors({input, target}, {weight});
-    if (!tensors) return py::none();
-    return without_gil([&] {
-        return fusedstep::cross_entropy::cross_entropy_with_lse(
-            tensors.required(0), tensors.required(1), tensors.optional(2), reduction, ignore_index,
-            label_smoothing, z_loss);
-    });
+    return computed(
+        tensors,
+        [&](std::int64_t reduction, std::int64_t ignore_index, double label_smoothing,
+            double z_loss) {
+            return fusedstep::cross_entropy::cross_entropy_with_lse(
+                tensors.required(0), tensors.required(1), tensors.optional(2), reduction,
+                ignore_index, label_smoothing, z_loss);
+        },
+        reduction_code(reduction), number<std::int64_t>(ignore_index),
+        number<double>(label_smoothing), number<double>(z_loss));
 }
 
-py::object focal_loss(py::handle input, py::handle target, double gamma, py::handle weight,
-                      std::int64_t reduction, std::int64_t ignore_index) {
+py::object focal_loss(py::handle input, py::handle target, py::handle gamma, py::handle weight,
+                      py::handle reduction, py::handle ignore_index) {
     PlainTensors const tensors({input, target}, {weight});
-    if (!tensors) return py::none();
-    return without_gil([&] {
-        return fusedstep::cross_entropy::focal_loss(tensors.required(0), tensors.required(1),
-                                                    tensors.optional(2), reduction, ignore_index,
-                                                    gamma);
-    });
+    return computed(
+        tensors,
+        [&](double gamma, std::int64_t reduction, std::int64_t ignore_index) {
+            return fusedstep::cross_entropy::focal_loss(tensors.required(0), tensors.required(1),
+                                                        tensors.optional(2), reduction,
+                                                        ignore_index, gamma);
+        },
+        number<double>(gamma), reduction_code(reduction), number<std::int64_t>(ignore_index));
 }
 
 py::object pointwise_loss(py::handle input, py::handle target, py::handle weight,
-                          py::handle pos_weight, std::int64_t kind, std::int64_t reduction,
-                          double parameter) {
+                          py::handle pos_weight, std::int64_t kind, py::handle reduction,
+                          py::handle parameter) {
     PlainTensors const tensors({input, target}, {weight, pos_weight});
-    if (!tensors) return py::none();
-    return without_gil([&] {
-        return fusedstep::pointwise_loss::pointwise_loss(tensors.required(0), tensors.required(1),
-                                                         tensors.optional(2), tensors.optional(3),
-                                                         kind, reduction, parameter);
-    });
+    return computed(
+        tensors,
+        [&](std::int64_t reduction, double parameter) {
+            return fusedstep::pointwise_loss::pointwise_loss(
+                tensors.required(0), tensors.required(1), tensors.optional(2), tensors.optional(3),
+                kind, reduction, parameter);
+        },
+        reduction_code(reduction), number<double>(parameter));
 }
 
 // [(operator, kind of device, runs of the kernels, {reason: calls left to torch}), ...]

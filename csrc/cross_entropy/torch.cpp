@@ -9,7 +9,6 @@
 // The gradient is computed in the forward pass, while a row is in cache, or recomputed from the
 // logits in the backward pass: torch_glue/loss.h says when.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cross_entropy_loss.h>
@@ -225,12 +224,6 @@ struct RowLayout {
     }
 };
 
-// An output that is not wanted; on the CPU past the dispatcher, whose way takes as long again.
-Tensor nothing(const Tensor& like, at::ScalarType type) {
-    if (like.is_cpu()) return at::detail::empty_cpu({0}, type);
-    return at::empty({0}, like.options().dtype(type));
-}
-
 // Of forward, beside the gradient: the loss; kRowStats numbers for each row and the gradient's
 // scale behind them; the log-sum-exp of each row. Empty where not wanted.
 struct Outputs {
@@ -317,11 +310,10 @@ struct KernelArgs {
         if (per_row || with_lse) rows_shape = index_shape(logits);
         at::IntArrayRef const shape = C10_AS_INTARRAYREF_SLOW(rows_shape);
         at::ScalarType const type = accumulate_type(logits.scalar_type());
-        auto const wide = logits.options().dtype(type);
-        Outputs out{
-            at::empty(per_row ? shape : at::IntArrayRef(), logits.options().dtype(loss_dtype)),
-            with_stats ? at::empty({kRowStats * args.rows + 1}, wide) : nothing(logits, type),
-            with_lse ? at::empty(shape, wide) : nothing(logits, type)};
+        Outputs out{empty_beside(logits, per_row ? shape : at::IntArrayRef(), loss_dtype),
+                    with_stats ? empty_beside(logits, {kRowStats * args.rows + 1}, type)
+                               : nothing(logits, type),
+                    with_lse ? empty_beside(logits, shape, type) : nothing(logits, type)};
         args.loss_dtype = *kernel_dtype(loss_dtype);
         if (per_row) args.row_losses = out.loss.mutable_data_ptr();
         if (with_stats) args.row_stats = out.stats.mutable_data_ptr();

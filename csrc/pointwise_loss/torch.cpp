@@ -244,7 +244,7 @@ struct Outputs {
 
     Outputs(const Call& call, at::ScalarType loss_dtype, Tensor grad_)
         : loss(call.is_reduced()
-                   ? at::empty({}, call.input.options().dtype(loss_dtype))
+                   ? empty_beside(call.input, {}, loss_dtype)
                    : at::empty_like(call.input, call.input.options().dtype(loss_dtype))),
           grad(std::move(grad_)) {
         at::ScalarType const type = call.input.scalar_type();
@@ -253,7 +253,7 @@ struct Outputs {
                     type);
     }
     std::tuple<Tensor, Tensor> tuple(const Call& call) const {
-        return {loss, grad.defined() ? grad : at::empty({0}, call.input.options())};
+        return {loss, grad.defined() ? grad : nothing(call.input, call.input.scalar_type())};
     }
 };
 

@@ -85,12 +85,12 @@ private:
 }  // namespace
 
 at::Tensor empty_gradient(const at::Tensor& like) {
-    if (like.nbytes() < kSmallest || !like.is_non_overlapping_and_dense()) {
-        return at::empty_like(like);
-    }
-    return at::detail::empty_strided_generic(
-        like.sizes(), like.strides(), &GradientAllocator::instance(),
-        c10::DispatchKeySet(c10::DispatchKey::CPU), like.scalar_type());
+    if (!like.is_non_overlapping_and_dense()) return at::empty_like(like);
+    c10::Allocator* const allocator =
+        like.nbytes() < kSmallest ? c10::GetCPUAllocator() : &GradientAllocator::instance();
+    return at::detail::empty_strided_generic(like.sizes(), like.strides(), allocator,
+                                             c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                             like.scalar_type());
 }
 
 }  // namespace fusedstep

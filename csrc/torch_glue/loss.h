@@ -2,9 +2,11 @@
 // gradient that the forward pass has computed.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
 #include <torch/csrc/autograd/graph_task.h>
 
@@ -50,6 +52,17 @@ inline std::uint64_t capture_around([[maybe_unused]] const at::Tensor& tensor) {
 // Whether autocast widens 16-bit tensors of this device before a loss.
 inline bool in_autocast(const at::Tensor& tensor) {
     return !tensor.is_meta() && at::autocast::is_autocast_enabled(tensor.device().type());
+}
+
+// A new tensor where `like` is; on the CPU past the dispatcher, whose way takes as long again.
+inline at::Tensor empty_beside(const at::Tensor& like, at::IntArrayRef shape, at::ScalarType type) {
+    if (like.is_cpu()) return at::detail::empty_cpu(shape, type);
+    return at::empty(shape, like.options().dtype(type));
+}
+
+// An output that is not wanted.
+inline at::Tensor nothing(const at::Tensor& like, at::ScalarType type) {
+    return empty_beside(like, {0}, type);
 }
 
 // ---- Values of tensors on the CPU ----

@@ -4,11 +4,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# The losses return None where torch's own function has to run: for arguments of any type.
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
+    reduction: str,
     ignore_index: int,
     label_smoothing: float,
     /,
@@ -17,7 +19,7 @@ def cross_entropy_with_lse(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
-    reduction: int,
+    reduction: str,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -28,7 +30,7 @@ def focal_loss(
     target: Tensor,
     gamma: float,
     weight: Tensor | None,
-    reduction: int,
+    reduction: str,
     ignore_index: int,
     /,
 ) -> Tensor | None: ...
@@ -38,7 +40,7 @@ def pointwise_loss(
     weight: Tensor | None,
     pos_weight: Tensor | None,
     kind: int,
-    reduction: int,
+    reduction: str,
     parameter: float,
     /,
 ) -> Tensor | None: ...

@@ -46,7 +46,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 
 _WITHOUT_WEIGHT = {"l1_loss", "mse_loss", "huber_loss"}  # whose weight is torch's to compute
 
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_REDUCTIONS = ("none", "mean", "sum")  # each at its code
 _TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while a graph is made of a program
 
 
@@ -117,20 +117,34 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if not is_compiling():
+        loss = _C.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
+        if loss is not None:
+            return loss
     code = _reduction_code(reduction)
-    if type(input) is not Tensor and _is_dtensor(input):
+    if reduction != _REDUCTIONS[code]:  # an old name
+        return cross_entropy(
+            *(input, target, weight),
+            ignore_index=ignore_index,
+            reduction=_REDUCTIONS[code],
+            label_smoothing=label_smoothing,
+        )
+    if _is_dtensor(input):
         from fusedstep import distributed
 
-        name = list(_REDUCTIONS)[code]
-        return distributed.cross_entropy(input, target, weight, ignore_index, name, label_smoothing)
+        return distributed.cross_entropy(
+            input, target, weight, ignore_index, reduction, label_smoothing
+        )
     if _is_traced(input):
-        loss: Tensor = torch.ops.fusedstep.cross_entropy(
+        traced: Tensor = torch.ops.fusedstep.cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
+        return traced
+    loss = _unwatched(
+        _C.cross_entropy, input, target, weight, reduction, ignore_index, label_smoothing
+    )
+    if loss is not None:
         return loss
-    fused = _fused(_C.cross_entropy, input, target, weight, code, ignore_index, label_smoothing)
-    if fused is not None:
-        return fused
     return _torch(
         cross_entropy,
         (input, target),
@@ -181,11 +195,17 @@ def cross_entropy_with_lse(
     operators here.
     """
     code = _reduction_code(reduction)
-    args = (input, target, weight, code, ignore_index, label_smoothing, z_loss)
-    result = None if _is_traced(input) else _fused(_C.cross_entropy_with_lse, *args)
-    if result is None:
-        result = torch.ops.fusedstep.cross_entropy_with_lse(*args)
-    return result
+    if not _is_traced(input):
+        result = _fused(
+            _C.cross_entropy_with_lse,
+            *(input, target, weight, _REDUCTIONS[code], ignore_index, label_smoothing, z_loss),
+        )
+        if result is not None:
+            return result
+    composed: tuple[Tensor, Tensor] = torch.ops.fusedstep.cross_entropy_with_lse(
+        input, target, weight, code, ignore_index, label_smoothing, z_loss
+    )
+    return composed
 
 
 def focal_loss(
@@ -226,11 +246,15 @@ def focal_loss(
     Arguments that :func:`cross_entropy` leaves to torch are computed by several of torch's
     operators here.
     """
-    args = (input, target, gamma, weight, _reduction_code(reduction), ignore_index)
-    loss = None if _is_traced(input) else _fused(_C.focal_loss, *args)
-    if loss is None:
-        loss = torch.ops.fusedstep.focal_loss(*args)
-    return loss
+    code = _reduction_code(reduction)
+    if not _is_traced(input):
+        loss = _fused(_C.focal_loss, input, target, gamma, weight, _REDUCTIONS[code], ignore_index)
+        if loss is not None:
+            return loss
+    composed: Tensor = torch.ops.fusedstep.focal_loss(
+        input, target, gamma, weight, code, ignore_index
+    )
+    return composed
 
 
 def check_targets(device: torch.device | str | int | None = None) -> None:
@@ -433,35 +457,42 @@ def _pointwise_loss(
     """Return a loss that the kernels cover, or None: torch's own function has to run."""
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    if code is None:
-        return None
-    if _is_traced(input):
-        if input.shape != target.shape or _is_dtensor(input) or _is_dtensor(target):
-            return None
-        loss: Tensor = torch.ops.fusedstep.pointwise_loss(
-            input, target, weight, pos_weight, kind, code, parameter
+    if not _is_traced(input):
+        return _fused(
+            _C.pointwise_loss, input, target, weight, pos_weight, kind, reduction, parameter
         )
-        return loss
-    return _fused(_C.pointwise_loss, input, target, weight, pos_weight, kind, code, parameter)
+    if (
+        reduction not in _REDUCTIONS
+        or input.shape != target.shape
+        or _is_dtensor(input)
+        or _is_dtensor(target)
+    ):
+        return None
+    code = _REDUCTIONS.index(reduction)
+    traced: Tensor = torch.ops.fusedstep.pointwise_loss(
+        input, target, weight, pos_weight, kind, code, parameter
+    )
+    return traced
 
 
 def _reduction_code(reduction: str) -> int:
-    code = _REDUCTIONS.get(reduction) if isinstance(reduction, str) else None
-    # What else torch takes (with a warning), or its error.
-    return _Reduction.get_enum(reduction) if code is None else code
+    if reduction in _REDUCTIONS:
+        return _REDUCTIONS.index(reduction)
+    return _Reduction.get_enum(reduction)  # what else torch takes, with a warning, or its error
 
 
 def _fused(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
     """Return what a loss gives that the kernels cover, or None: torch's own function has to run."""
-    try:
-        result = loss(*args)
-        if result is None and _is_default_device_all_that_watches():
-            with torch._C.DisableTorchFunction():
-                result = loss(*args)
-    except TypeError:  # not a number; torch's own function names the argument
+    result = loss(*args)
+    return _unwatched(loss, *args) if result is None else result
+
+
+def _unwatched(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
+    """Return what a loss gives where nothing but the default device kept it from the kernels."""
+    if not _is_default_device_all_that_watches():
         return None
-    return result
+    with torch._C.DisableTorchFunction():
+        return loss(*args)
 
 
 def _is_default_device_all_that_watches() -> bool:
