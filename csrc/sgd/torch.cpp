@@ -146,12 +146,31 @@ bool is_dtensor(PyObject* object) {
     return reinterpret_cast<PyObject*>(Py_TYPE(object)) == dtensor_class();
 }
 
+// A tensor held by its Python object: one more reference from C++ would ask for the interpreter,
+// which takes as long as the rest of what is done for a small parameter.
+class HeldTensor {
+public:
+    HeldTensor() = default;
+    // Of an object that is a plain tensor.
+    explicit HeldTensor(py::object object) : object_(std::move(object)) {}
+
+    explicit operator bool() const { return static_cast<bool>(object_); }
+    const Tensor& operator*() const { return THPVariable_Unpack(object_.ptr()); }
+    const Tensor* operator->() const { return &**this; }
+
+private:
+    py::object object_;
+};
+
 // The tensor that a kernel reads and writes: a plain tensor itself, what a DTensor holds on this
-// rank; null for any other object. Borrowed from the object.
-const Tensor* local_tensor(PyObject* object) {
-    if (THPVariable_CheckExact(object)) return &THPVariable_Unpack(object);
-    if (!is_dtensor(object)) return nullptr;
-    return plain_tensor(py::object(py::handle(object).attr(keys().local_tensor)).ptr());
+// rank; none for any other object.
+HeldTensor local_tensor(py::handle object) {
+    if (THPVariable_CheckExact(object.ptr())) {
+        return HeldTensor(py::reinterpret_borrow<py::object>(object));
+    }
+    if (!is_dtensor(object.ptr())) return {};
+    py::object local = object.attr(keys().local_tensor);
+    return THPVariable_CheckExact(local.ptr()) ? HeldTensor(std::move(local)) : HeldTensor();
 }
 
 // Whether an update of a DTensor is the same update of every local tensor: none is a summand.
@@ -293,7 +312,9 @@ void check_update(const Tensor& param, const Tensor& grad, const Hyperparameters
                 grad.sizes(), " does not fit its parameter of shape ", param.sizes());
     TORCH_CHECK(c10::canCast(grad.scalar_type(), param.scalar_type()), "a gradient of dtype ",
                 grad.scalar_type(), " does not fit its parameter of dtype ", param.scalar_type());
-    if (param.layout() == at::kStrided) at::assert_no_internal_overlap(param);
+    if (param.layout() == at::kStrided && !param.is_non_overlapping_and_dense()) {
+        at::assert_no_internal_overlap(param);
+    }
     double const largest = std::max({std::abs(h.lr), std::abs(h.momentum),
                                      std::abs(1.0 - h.dampening), std::abs(h.weight_decay)});
     TORCH_CHECK(largest <= std::numeric_limits<float>::max() ||
@@ -341,17 +362,17 @@ py::object empty_state(const py::object& param, at::TensorOptions options) {
 }
 
 // The tensor that the kernels read and write in a parameter's state, or why they do not.
-Covered<Tensor> state_tensor(const py::object& param, PyObject* found) {
+Covered<HeldTensor> state_tensor(const py::object& param, PyObject* found) {
     bool const distributed = is_dtensor(param.ptr());
     if (distributed && !same_placements(param, found)) {
         return not_covered("a state placed unlike its parameter");
     }
-    const Tensor* const local = local_tensor(found);
-    if (local == nullptr || (!distributed && is_dtensor(found))) {
+    HeldTensor local = local_tensor(found);
+    if (!local || (!distributed && is_dtensor(found))) {
         return not_covered("a state of a tensor subclass");
     }
     if (local->is_nested()) return not_covered("a nested tensor");
-    return *local;
+    return local;
 }
 
 // ---- What GradScaler leaves ----
@@ -434,10 +455,10 @@ public:
 private:
     // Those an entry points to: held, because without the GIL another thread may drop its own.
     struct Tensors {
-        Tensor param;
+        HeldTensor param;
         Tensor grad;
-        Tensor momentum_buffer;
-        Tensor master_param;
+        HeldTensor momentum_buffer;
+        HeldTensor master_param;
     };
     // To be set in a parameter's state.
     struct NewState {
@@ -467,6 +488,8 @@ private:
     Covered<Options> add_options(PyObject* group);
     Covered<> add(const py::object& param, const Covered<Options>& options);
     Covered<> add_covered(const py::object& param_object, const Options& options);
+    // Borrowed; null where there is none.
+    PyObject* state_of(PyObject* param);
     Share& share_on(c10::Device device);
     // Whether parameters share memory that would not be updated in their order.
     static bool any_overlap(const Share& share);
@@ -479,6 +502,7 @@ private:
     void run_on_cuda(const Share& share);
 
     const py::dict& state_;
+    Py_ssize_t next_state_ = 0;  // for PyDict_Next()
     ScalerNumber grad_scale_;
     ScalerNumber found_inf_;
     const Rounding& rounding_;
@@ -537,9 +561,9 @@ Covered<> StepPlan::add(const py::object& param, const Covered<Options>& options
 
 // A parameter that is covered is part of the plan.
 Covered<> StepPlan::add_covered(const py::object& param_object, const Options& options) {
-    const Tensor* const local = local_tensor(param_object.ptr());
-    if (local == nullptr) return not_covered("a tensor subclass");
-    const Tensor& param = *local;
+    HeldTensor held = local_tensor(param_object);
+    if (!held) return not_covered("a tensor subclass");
+    const Tensor& param = *held;
     const Hyperparameters& h = options.h;
     bool const distributed = !THPVariable_CheckExact(param_object.ptr());
     Tensor grad;
@@ -549,8 +573,8 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
         if (!same_placements(param_object, object)) {
             return not_covered("a gradient placed unlike its parameter");
         }
-        const Tensor* const local_grad = local_tensor(object.ptr());
-        if (local_grad == nullptr) return not_covered("a tensor subclass");
+        HeldTensor const local_grad = local_tensor(object);
+        if (!local_grad) return not_covered("a tensor subclass");
         grad = *local_grad;
     } else {
         grad = param.unsafeGetTensorImpl()->grad();
@@ -562,27 +586,27 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     bool const has_master = precision == Precision::master_weights;
     bool const is_stochastic = precision == Precision::stochastic_rounding;
     bool const with_momentum = h.momentum != 0;
-    Tensor buffer;
-    Tensor master;
+    HeldTensor buffer;
+    HeldTensor master;
     std::uint64_t steps = 0;
     if (with_momentum || precision != Precision::ordinary) {
-        PyObject* const of_param = find(state_.ptr(), param_object.ptr());
+        PyObject* const of_param = state_of(param_object.ptr());
         if (of_param && !PyDict_Check(of_param)) return not_covered("a state that is no dict");
         auto const find_state = [of_param](bool wanted, PyObject* key) -> PyObject* {
             PyObject* const found = wanted && of_param ? find(of_param, key) : nullptr;
             return found == Py_None ? nullptr : found;
         };
         if (PyObject* const found = find_state(with_momentum, keys().momentum_buffer)) {
-            auto const local = state_tensor(param_object, found);
+            auto local = state_tensor(param_object, found);
             if (!local) return local.why_not();
-            buffer = *local;
-            check_buffer(buffer, param, grad);
+            buffer = *std::move(local);
+            check_buffer(*buffer, param, grad);
         }
         if (PyObject* const found = find_state(has_master, keys().master_param)) {
-            auto const local = state_tensor(param_object, found);
+            auto local = state_tensor(param_object, found);
             if (!local) return local.why_not();
-            master = *local;
-            check_master(master, param);
+            master = *std::move(local);
+            check_master(*master, param);
         }
         if (PyObject* const found = find_state(is_stochastic, keys().step)) {
             steps = py::handle(found).cast<std::uint64_t>();
@@ -595,8 +619,8 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     auto const is_elsewhere = [device](const Tensor& tensor) {
         return tensor.defined() && tensor.device() != device;
     };
-    if (is_elsewhere(grad) || is_elsewhere(buffer) || is_elsewhere(master) ||
-        is_elsewhere(options.device_lr)) {
+    if (is_elsewhere(grad) || (buffer && is_elsewhere(*buffer)) ||
+        (master && is_elsewhere(*master)) || is_elsewhere(options.device_lr)) {
         return not_covered("a gradient, a state or lr on another device");
     }
     if (!dtype) return not_covered("a dtype that the kernels do not compute");
@@ -608,10 +632,10 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     if (grad.sizes() != param.sizes() || grad.scalar_type() != param.scalar_type()) {
         return not_covered("a gradient of another shape or dtype");
     }
-    bool const first_step = with_momentum && !buffer.defined();
-    if (buffer.defined() && !has_master &&
-        (!is_writable(buffer) || !same_layout(param, buffer) ||
-         buffer.scalar_type() != param.scalar_type())) {
+    bool const first_step = with_momentum && !buffer;
+    if (buffer && !has_master &&
+        (!is_writable(*buffer) || !same_layout(param, *buffer) ||
+         buffer->scalar_type() != param.scalar_type())) {
         return not_covered("a momentum buffer of another dtype or layout");
     }
     if (is_stochastic && is_capturing(device)) {
@@ -630,25 +654,27 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
         refuse_capture(device, "momentum_buffer");
         py::object made = empty_state(
             param_object, has_master ? at::TensorOptions(at::kFloat) : at::TensorOptions());
-        buffer = *local_tensor(made.ptr());
+        buffer = local_tensor(made);
         new_states_.push_back({param_object, keys().momentum_buffer, std::move(made)});
         dampened_first_step_ |= h.dampening != 0;
     }
     if (has_master) {
         // In float32 and laid out as the parameter: what the state holds, or a copy of it.
-        auto const keep = [&](PyObject* key, const char* name, Tensor& tensor) {
-            if (tensor.defined() && tensor.scalar_type() == at::kFloat && is_writable(tensor) &&
-                same_layout(param, tensor)) {
+        auto const keep = [&](PyObject* key, const char* name, HeldTensor& tensor) {
+            if (tensor && tensor->scalar_type() == at::kFloat && is_writable(*tensor) &&
+                same_layout(param, *tensor)) {
                 return;
             }
             refuse_capture(device, name);
             py::object made = empty_state(param_object, at::kFloat);
             at::NoGradGuard const no_grad;
-            tensor = local_tensor(made.ptr())->copy_(tensor.defined() ? tensor : param);
+            HeldTensor copy = local_tensor(made);
+            copy->copy_(tensor ? *tensor : param);
+            tensor = std::move(copy);
             new_states_.push_back({param_object, key, std::move(made)});
         };
         keep(keys().master_param, "master_param", master);
-        if (buffer.defined()) keep(keys().momentum_buffer, "momentum_buffer", buffer);
+        if (buffer) keep(keys().momentum_buffer, "momentum_buffer", buffer);
     }
     std::uint64_t key = 0;
     if (is_stochastic) {
@@ -661,7 +687,7 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     Entry const entry{{share.chunks, param.numel()},
                       param.mutable_data_ptr(),
                       unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()),
-                      buffer.defined() ? buffer.mutable_data_ptr() : nullptr,
+                      buffer ? buffer->mutable_data_ptr() : nullptr,
                       static_cast<std::int32_t>(groups_.size() - 1),
                       *dtype,
                       first_step};
@@ -669,12 +695,26 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
     share.entries.push_back(entry);
     if (rounding_.master_weights || rounding_.seed) {
         share.precisions.push_back(
-            {has_master ? master.mutable_data_ptr<float>() : nullptr, key, precision});
+            {has_master ? master->mutable_data_ptr<float>() : nullptr, key, precision});
         share.is_ordinary &= precision == Precision::ordinary;
     }
-    share.tensors.push_back({param, std::move(grad), std::move(buffer), std::move(master)});
+    share.tensors.push_back(
+        {std::move(held), std::move(grad), std::move(buffer), std::move(master)});
     if (distributed) dtensors_.push_back(THPVariable_Unpack(param_object.ptr()));
     return covered;
+}
+
+// A dictionary keeps the order in which its items came, which mostly is that of the parameters: the
+// next item is looked at before the hash of a tensor is asked for, a Python function.
+PyObject* StepPlan::state_of(PyObject* param) {
+    Py_ssize_t next = next_state_;
+    PyObject* key = nullptr;
+    PyObject* value = nullptr;
+    if (!PyDict_Next(state_.ptr(), &next, &key, &value) || key != param) {
+        return find(state_.ptr(), param);
+    }
+    next_state_ = next;
+    return value;
 }
 
 StepPlan::Share& StepPlan::share_on(c10::Device device) {
@@ -782,8 +822,9 @@ bool StepPlan::any_overlap(const Share& share) {
     using Range = std::pair<std::uintptr_t, std::uintptr_t>;
     c10::SmallVector<Range, 64> ranges;
     for (const Tensors& of_entry : share.tensors) {
-        auto const begin = reinterpret_cast<std::uintptr_t>(of_entry.param.const_data_ptr());
-        if (of_entry.param.numel() != 0) ranges.push_back({begin, begin + of_entry.param.nbytes()});
+        const Tensor& param = *of_entry.param;
+        auto const begin = reinterpret_cast<std::uintptr_t>(param.const_data_ptr());
+        if (param.numel() != 0) ranges.push_back({begin, begin + param.nbytes()});
     }
     if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
     auto const overlap = [](const Range& a, const Range& b) { return b.first < a.second; };
@@ -797,7 +838,7 @@ void StepPlan::separate_overlapping() {
         for (std::size_t i = 0; i < share.entries.size(); ++i) {
             Share& one = separated.emplace_back(share.device);
             one.entries.push_back(share.entries[i]);
-            one.entries[0].extent = {0, share.tensors[i].param.numel()};
+            one.entries[0].extent = {0, share.tensors[i].param->numel()};
             one.chunks = one.entries[0].extent.end_chunk();
             one.tensors.push_back(share.tensors[i]);
             if (!share.precisions.empty()) one.precisions.push_back(share.precisions[i]);
@@ -821,13 +862,10 @@ void StepPlan::run() {
     }
     for (const Share& share : shares_) {
         for (const Tensors& written : share.tensors) {
-            written.param.unsafeGetTensorImpl()->bump_version();
             if (unscales()) written.grad.unsafeGetTensorImpl()->bump_version();
-            if (written.momentum_buffer.defined()) {
-                written.momentum_buffer.unsafeGetTensorImpl()->bump_version();
-            }
-            if (written.master_param.defined()) {
-                written.master_param.unsafeGetTensorImpl()->bump_version();
+            for (const HeldTensor* tensor :
+                 {&written.param, &written.momentum_buffer, &written.master_param}) {
+                if (*tensor) (**tensor).unsafeGetTensorImpl()->bump_version();
             }
         }
     }
