@@ -2158,6 +2158,22 @@ BAD: dict[str, tuple[Callable[[Function], Tensor], str]] = {
     "devices": (lambda f: f(LOGITS, TARGET.to("meta")), "meta"),
     "text for smoothing": (lambda f: f(LOGITS, TARGET, label_smoothing="much"), "label_smoothing"),
     "float for ignore_index": (lambda f: f(LOGITS, TARGET, ignore_index=0.5), "ignore_index"),
+    "tensor for smoothing": (
+        lambda f: f(LOGITS, TARGET, label_smoothing=torch.tensor(0.1)),
+        "label_smoothing",
+    ),
+    "tensor with a gradient for smoothing": (
+        lambda f: f(LOGITS, TARGET, label_smoothing=torch.tensor(0.1, requires_grad=True)),
+        "label_smoothing",
+    ),
+    "tensor for ignore_index": (
+        lambda f: f(LOGITS, TARGET, ignore_index=torch.tensor(4)),
+        "ignore_index",
+    ),
+    "enormous ignore_index": (lambda f: f(LOGITS, TARGET, ignore_index=2**70), "int"),
+    "integer for smoothing": (lambda f: f(LOGITS, TARGET, label_smoothing=1), "label_smoothing"),
+    "bool for smoothing": (lambda f: f(LOGITS, TARGET, label_smoothing=True), "label_smoothing"),
+    "list for reduction": (lambda f: f(LOGITS, TARGET, reduction=["mean"]), "mean"),
     "unknown option": (lambda f: f(LOGITS, TARGET, smoothing=0.1), "smoothing"),
     "no arguments": (lambda f: f(), "argument"),
 }
