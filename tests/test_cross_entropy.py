@@ -2170,7 +2170,7 @@ BAD: dict[str, tuple[Callable[[Function], Tensor], str]] = {
         lambda f: f(LOGITS, TARGET, ignore_index=torch.tensor(4)),
         "ignore_index",
     ),
-    "enormous ignore_index": (lambda f: f(LOGITS, TARGET, ignore_index=2**70), "int"),
+    "enormous ignore_index": (lambda f: f(LOGITS, TARGET, ignore_index=2**70), "Overflow"),
     "integer for smoothing": (lambda f: f(LOGITS, TARGET, label_smoothing=1), "label_smoothing"),
     "bool for smoothing": (lambda f: f(LOGITS, TARGET, label_smoothing=True), "label_smoothing"),
     "list for reduction": (lambda f: f(LOGITS, TARGET, reduction=["mean"]), "mean"),
