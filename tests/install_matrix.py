@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,7 +86,7 @@ class Environment:
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
         try:
-            self.pip("install", "setuptools>=77", "ninja", requirement(torch))
+            self.pip("install", "--no-compile", "setuptools>=77", "ninja", requirement(torch))
         except Failed as failure:
             raise NotRun(f"pip found no torch {torch}: {last_line(failure)}") from failure
         try:
@@ -103,26 +104,43 @@ class Environment:
         return run(self.python, "-W", "ignore", "-c", program, cwd=self.elsewhere).strip()
 
     def install(self, *what: str | Path, **environment: str) -> str:
+        """Build and install fusedstep.
+
+        Raises:
+            NotRun: nvcc is not the one for this torch, in setup.py's words.
+            Failed: anything else.
+        """
         build = ("-v", "--no-build-isolation", "--no-deps", "--no-cache-dir")
-        return self.pip("install", *build, *what, **environment)
+        try:
+            return self.pip("install", *build, *what, **environment)
+        except Failed as failure:
+            for line in str(failure).splitlines():
+                if line.strip().startswith("nvcc is of CUDA"):
+                    raise NotRun(line.strip()) from failure
+            raise
 
     def files(self) -> set[Path]:
         """Everything that is installed in the environment, without Python's caches."""
         everything = (self.folder / "lib").rglob("*")
         return {path for path in everything if "__pycache__" not in path.parts}
 
-    def check_and_remove(self, home: Path | None = None) -> None:
+    def check_and_remove(self, home: Path | None = None) -> str:
         """Use what was installed, then uninstall it.
 
         Args:
             home: Where the package must lie; by default in this environment.
+
+        Returns:
+            What was built.
         """
         found = Path(self.execute(USE).splitlines()[-1])
         home = (home or self.folder).resolve()
         if not found.is_relative_to(home):
             raise Failed(f"{found} was imported, which is not in {home}")
-        run(self.python, "-m", "fusedstep", "info", cwd=self.elsewhere)
+        info = run(self.python, "-W", "ignore", "-m", "fusedstep", "info", cwd=self.elsewhere)
         self.pip("uninstall", "--yes", "fusedstep")
+        has_cuda = re.search(r"^CUDA kernels +yes$", info, re.MULTILINE)
+        return "CPU and CUDA kernels" if has_cuda else "CPU kernels"
 
 
 def requirement(torch: str) -> str:
@@ -156,36 +174,36 @@ class Source:
 # ------------------------------------------------------------------ the ways
 
 
-def from_sdist(env: Environment, source: Source, _: str) -> None:
+def from_sdist(env: Environment, source: Source, _: str) -> str:
     env.install(source.sdist)
-    env.check_and_remove()
+    return env.check_and_remove()
 
 
-def from_git(env: Environment, source: Source, _: str) -> None:
+def from_git(env: Environment, source: Source, _: str) -> str:
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         raise NotRun("not a git checkout, or no git")
     env.install(f"git+{ROOT.as_uri()}")
-    env.check_and_remove()
+    return env.check_and_remove()
 
 
-def from_a_path_with_spaces(env: Environment, source: Source, _: str) -> None:
+def from_a_path_with_spaces(env: Environment, source: Source, _: str) -> str:
     env.install(source.unpacked("a path with spaces"))
-    env.check_and_remove()
+    return env.check_and_remove()
 
 
-def editable(env: Environment, source: Source, _: str) -> None:
+def editable(env: Environment, source: Source, _: str) -> str:
     tree = source.unpacked("editable")
     env.install("-e", tree)
-    env.check_and_remove(home=tree)
+    return env.check_and_remove(home=tree)
 
 
-def without_ninja(env: Environment, source: Source, _: str) -> None:
+def without_ninja(env: Environment, source: Source, _: str) -> str:
     env.pip("uninstall", "--yes", "ninja")
     try:
         said = env.install(source.sdist, PATH=path_without("ninja", env.folder / "path"))
         if "ninja is not installed; building one file at a time" not in said:
             raise Failed(said)
-        env.check_and_remove()
+        return env.check_and_remove()
     finally:
         env.pip("install", "ninja")
 
@@ -210,21 +228,21 @@ def path_without(name: str, folder: Path) -> str:
     return os.pathsep.join(path)
 
 
-def without_compiler(env: Environment, source: Source, _: str) -> None:
-    must_fail(
+def without_compiler(env: Environment, source: Source, _: str) -> str:
+    return must_fail(
         "fusedstep needs a C++20 compiler and c++ is not on PATH",
         lambda: env.install(source.sdist, PATH=str(env.python.parent), CXX="c++"),
     )
 
 
-def with_build_isolation(env: Environment, source: Source, _: str) -> None:
-    must_fail(
+def with_build_isolation(env: Environment, source: Source, _: str) -> str:
+    return must_fail(
         "install torch, then `pip install --no-build-isolation .`",
         lambda: env.pip("install", "--no-deps", source.sdist),
     )
 
 
-def under_another_torch(env: Environment, source: Source, other: str) -> None:
+def under_another_torch(env: Environment, source: Source, other: str) -> str:
     if not other:
         raise NotRun("no other torch was named (--other)")
     env.install(source.sdist)
@@ -235,23 +253,24 @@ def under_another_torch(env: Environment, source: Source, other: str) -> None:
         raise NotRun(f"no torch {other}: {last_line(failure)}") from failure
     env.bare = {file for file in env.files() if "fusedstep" not in file.name}
     sentence = f"fusedstep was built for torch {env.torch}, but torch {running} is installed"
-    must_fail(sentence, lambda: env.execute("import fusedstep"))
+    said = must_fail(sentence, lambda: env.execute("import fusedstep"))
     env.pip("uninstall", "--yes", "fusedstep")
+    return said
 
 
-def must_fail(sentence: str, action: Callable[[], str]) -> None:
-    """Raise Failed unless the action does, saying this sentence."""
+def must_fail(sentence: str, action: Callable[[], str]) -> str:
+    """The sentence, if the action raises Failed and says it; else raises Failed."""
     try:
         action()
     except Failed as failure:
         if sentence not in str(failure):
             raise Failed(f"stopped without saying {sentence!r}:\n{failure}") from failure
-    else:
-        raise Failed(f"did not stop with {sentence!r}")
+        return f"says {sentence!r}"
+    raise Failed(f"did not stop with {sentence!r}")
 
 
-# The last replaces the environment's torch.
-WAYS: dict[str, Callable[[Environment, Source, str], None]] = {
+# Each returns what it found. The last replaces the environment's torch.
+WAYS: dict[str, Callable[[Environment, Source, str], str]] = {
     "no compiler: says so": without_compiler,
     "build isolation: says what to do": with_build_isolation,
     "sdist": from_sdist,
@@ -271,7 +290,7 @@ def cell(way: str, env: Environment, source: Source, other: str, log: Path) -> s
     """
     start = time.monotonic()
     try:
-        WAYS[way](env, source, other)
+        found = WAYS[way](env, source, other)
         if left := env.files() - env.bare:
             raise Failed("left behind: " + ", ".join(sorted(map(str, left))))
     except NotRun as reason:
@@ -279,7 +298,7 @@ def cell(way: str, env: Environment, source: Source, other: str, log: Path) -> s
     except Failed as failure:
         log.write_text(str(failure))
         return f"FAILED: {last_line(failure)} ({log})"
-    return f"passed ({time.monotonic() - start:.0f} s)"
+    return f"passed: {found} ({time.monotonic() - start:.0f} s)"
 
 
 def column(python: str, torch: str, ways: list[str], other: str, out: Path) -> Iterator[str]:
