@@ -159,7 +159,8 @@ class Source:
         self.folder = folder
         backend = f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})"
         folder.mkdir()
-        run(environment.python, "-c", backend, cwd=ROOT)
+        # All sources are in it, whatever the nvcc of this machine is for.
+        run(environment.python, "-c", backend, cwd=ROOT, FUSEDSTEP_CUDA="0")
         (self.sdist,) = folder.glob("fusedstep-*.tar.gz")
 
     def unpacked(self, name: str) -> Path:
