@@ -133,14 +133,19 @@ def code_flags(architectures: list[str]) -> list[str]:
 
 
 def run_nvcc(*arguments: str) -> str:
-    """What the nvcc of CUDA_HOME prints; nothing where it is missing."""
+    """What the nvcc of CUDA_HOME prints; nothing where it is missing.
+
+    Raises:
+        SystemExit: it failed; its own words are in the message.
+    """
     nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
     if CUDA_HOME is None or not nvcc.is_file():
         return ""
     command = [str(nvcc), *arguments]
-    return subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ).stdout
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode != 0:
+        sys.exit(f"{shlex.join(command)} failed: {' '.join(result.stdout.split())}")
+    return result.stdout
 
 
 release = re.search(r"release (\d+\.\d+)", run_nvcc("--version"))
@@ -171,6 +176,16 @@ def build_info() -> str:
     )
 
 
+def require_compiler() -> None:
+    """Stop where there is no C++ compiler."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        sys.exit(
+            f"fusedstep needs a C++20 compiler and {compiler} is not on PATH: install g++, or "
+            "name another compiler in CXX"
+        )
+
+
 class BuildFusedstep(BuildExtension):
     """Compiles the extension and records beside it what it was built for."""
 
@@ -182,12 +197,7 @@ class BuildFusedstep(BuildExtension):
         self.force = True
 
     def run(self) -> None:
-        compiler = os.environ.get("CXX", "c++")
-        if shutil.which(shlex.split(compiler)[0]) is None:
-            sys.exit(
-                f"fusedstep needs a C++20 compiler and {compiler} is not on PATH: install g++, or "
-                "name another compiler in CXX"
-            )
+        require_compiler()
         if WITHOUT_CUDA:
             print(f"fusedstep: building without CUDA: {WITHOUT_CUDA}")
         else:
@@ -212,7 +222,9 @@ def extension() -> CppExtension:
             extra_compile_args={"cxx": CXX_FLAGS},
         )
     sources += sorted(str(path) for path in CSRC.rglob("*.cu"))
-    # CUDA_HOME may hold no more than a wrapper of nvcc: nvcc itself knows where its headers are.
+    # CUDA_HOME may hold no more than a wrapper of nvcc: nvcc itself knows where its headers are. It
+    # fails without a compiler of its host.
+    require_compiler()
     dry_run = run_nvcc("-dryrun", "-c", "-x", "cu", os.devnull)
     include_dirs += dict.fromkeys(re.findall(r'"-I([^"]+)"', dry_run))
     # The files are compiled side by side; processes left over compile one file's architectures.

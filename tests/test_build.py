@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -267,6 +268,30 @@ def test_cuda_is_built_where_torch_and_nvcc_have_it(
     assert "--threads=1" in extension.extra_compile_args["nvcc"]
     assert "/headers of/nvcc" in extension.include_dirs
     assert "c10_cuda" in extension.libraries
+
+
+def test_a_cuda_build_without_a_compiler_stops_with_one_sentence(
+    setup: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    names = setup("13.0", "13.0")
+    with pytest.raises(SystemExit) as stopped:
+        names["extension"]()
+    assert "needs a C++20 compiler and no-such-compiler is not on PATH" in sentence(stopped)
+
+
+def test_an_nvcc_that_fails_is_told_in_its_own_words(
+    setup: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    names = setup("13.0", "13.0")
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho nvcc fatal: no host >&2\necho compiler\nexit 1\n")
+    with pytest.raises(SystemExit) as stopped:
+        names["extension"]()
+    said = (
+        f"{shlex.quote(str(nvcc))} -dryrun -c -x cu /dev/null failed: nvcc fatal: no host compiler"
+    )
+    assert sentence(stopped) == said
 
 
 def test_named_architectures_are_the_ones_built(
