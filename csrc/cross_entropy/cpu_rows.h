@@ -422,14 +422,19 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
                 std::int64_t const y = args.target_index[row];
                 row_weight = p.class_weight(y);
                 u_y = index_coefficient(row_weight, p.smoothing);
-                shifted_y = to_acc(x[y]) - m;
+                A const x_y = to_acc(x[y]);
+                shifted_y = x_y - m;
+                // What that is rounded by, where the maximum is the larger of the two; NaN where
+                // x_y is infinite.
+                A const lost = x_y - (shifted_y + m);
+                if (lost == lost) sums.target_dot += u_y * lost;
                 sums.target_sum = dense.mass + u_y;
-                sums.target_dot += u_y * shifted_y;
                 if (grad) e_y = e[y];
             }
             A const log_sum = std::log(sums.exp_sum);
-            RowTerms<A> terms{row_loss<RowMath>(sums.target_sum, log_sum, sums.target_dot),
-                              sums.target_sum, u_y};
+            RowTerms<A> terms{
+                row_loss<RowMath>(sums.target_sum, log_sum, sums.target_dot, u_y, shifted_y),
+                sums.target_sum, u_y};
             if (p.changes_terms()) {
                 RowSums<A> const of{m, sums.exp_sum, log_sum, shifted_y, row_weight};
                 change_terms<RowMath>(terms, of, p.gamma, p.z_loss);
@@ -667,7 +672,6 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
                 }
                 target_sum += dense.mass;
                 shifted_y = x_y - m;
-                target_dot = truth.u * shifted_y;
             }
             Vec<A> exp_sum{};
             for (std::int64_t block = 0; block < classes; block += block_size) {
@@ -693,8 +697,9 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
                 if constexpr (Dense::kDense) target_dot += u_dot[0] + u_dot[1];
             }
             Vec<A> const log_sum = log(exp_sum);
-            RowTerms<Vec<A>> terms{row_loss<RowMath>(target_sum, log_sum, target_dot), target_sum,
-                                   truth.u};
+            RowTerms<Vec<A>> terms{
+                row_loss<RowMath>(target_sum, log_sum, target_dot, truth.u, shifted_y), target_sum,
+                truth.u};
             if (p.changes_terms()) {
                 RowSums<Vec<A>> const of{m, exp_sum, log_sum, shifted_y, row_weight};
                 change_terms<RowMath>(terms, of, p.gamma, p.z_loss);

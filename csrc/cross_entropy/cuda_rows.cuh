@@ -608,8 +608,8 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             A const log_sum = natural_log(exp_sum);
             A const shifted_y =
                 truth.index >= 0 ? to_acc(x[truth.index * args.logits_class_stride]) - m : A{};
-            terms.loss = row_loss<RowMath<T>>(terms.softmax, log_sum,
-                                              sums.target_dot() + truth.u * shifted_y);
+            terms.loss =
+                row_loss<RowMath<T>>(terms.softmax, log_sum, sums.target_dot(), truth.u, shifted_y);
             if (changes_terms && !truth.fault) {
                 A const weight = truth.index >= 0 ? class_weight<A>(args, truth.index) : A{1};
                 RowSums<A> const of{m, exp_sum, log_sum, shifted_y, weight};

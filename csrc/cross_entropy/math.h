@@ -39,9 +39,10 @@ FUSEDSTEP_HD V probability_coefficient(V probability, V class_weight, V keep,
 }
 
 // Math::exp(x), Math::log(x); Math::fmadd(a, b, c) = a b + c, rounded once where the processor can.
+// U log S - L, where L is that of the dense part of u and u_y (x_y - m): terms of one sign.
 template <class Math, class V>
-FUSEDSTEP_HD V row_loss(V target_sum, V log_sum, V target_dot_shifted) {
-    return Math::fmadd(target_sum, log_sum, -target_dot_shifted);
+FUSEDSTEP_HD V row_loss(V target_sum, V log_sum, V dense_dot, V u_y, V shifted_y) {
+    return Math::fmadd(-u_y, shifted_y, Math::fmadd(target_sum, log_sum, -dense_dot));
 }
 
 // What a row's sums come to: its loss, and the coefficients of its gradient

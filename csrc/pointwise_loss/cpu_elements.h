@@ -19,11 +19,11 @@ namespace {
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
 
 struct VectorMath {
-    static FUSEDSTEP_VEC VecF exp(VecF x) { return exp_closely(x); }
-    static FUSEDSTEP_VEC VecD exp(VecD x) { return ::fusedstep::FUSEDSTEP_LEVEL::exp(x); }
     template <class V>
-    static FUSEDSTEP_VEC V log_plus(V x, V rest) {
-        return ::fusedstep::FUSEDSTEP_LEVEL::log_plus(x, rest);
+    using Number = std::remove_cvref_t<decltype(V{}[0])>;
+    template <class V>
+    static FUSEDSTEP_VEC Sum<V> exp(V x) {
+        return exp_sum(x);
     }
     template <class V>
     static FUSEDSTEP_VEC V fmadd(V a, V b, V c) {
@@ -74,42 +74,41 @@ void for_each_run(const Args& args, std::int64_t begin, std::int64_t end, F f) {
 
 // ---- The adjacent walk ----
 
-// A factor 1/n as the sum of two numbers, so that a product with it is rounded once, as a division
-// by n is at several times the price. Both are above 0: with infinities their products agree.
 template <class A>
-struct Reciprocal {
-    A high;
-    A low;
+FUSEDSTEP_VEC Reciprocal<Vec<A>> broadcast_reciprocal(const Reciprocal<double>& r) {
+    return {broadcast(static_cast<A>(r.high)), broadcast(static_cast<A>(r.low))};
+}
 
-    explicit Reciprocal(double factor) : high(static_cast<A>(factor)) {
-        double const n = std::nearbyint(1.0 / factor);
-        if (std::fma(static_cast<double>(high), n, -1.0) > 0) high = std::nextafter(high, A{});
-        low = static_cast<A>(-std::fma(static_cast<double>(high), n, -1.0) / n);
-        // Where 1/n is exact: so little that it adds nothing, and not so little that products are
-        // subnormal, which processors may take a hundred cycles and more for.
-        if (!(low > 0)) low = high * static_cast<A>(0x1p-60);
-    }
-    FUSEDSTEP_VEC Vec<A> times(Vec<A> v) const {
-        return fmadd(v, broadcast(high), v * broadcast(low));
-    }
-};
+template <class A>
+FUSEDSTEP_VEC Parameter<Vec<A>> broadcast_parameter(const Args& args) {
+    return {broadcast(static_cast<A>(args.parameter)), broadcast_reciprocal<A>(args.slope),
+            broadcast(A{1})};
+}
 
 // Sums are taken in blocks of vectors, then in double, so that rounding does not grow with n.
 template <Kind kind, bool kGrad, class T>
-double adjacent_run(const T* input, const T* target, T* grad, std::int64_t n, double parameter_,
-                    double scale_) {
+double adjacent_run(const Args& args, const T* input, const T* target, T* grad, std::int64_t n) {
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     constexpr std::int64_t kBlock = 16 * 4 * L;
-    Vec<A> const parameter = broadcast(static_cast<A>(parameter_));
-    Vec<A> const scale = broadcast(static_cast<A>(scale_));
-    Reciprocal<A> const reciprocal(scale_);
-    // A sigmoid less a target is rounded three times already; the others are exact or once.
+    Vec<A> const scale = broadcast(static_cast<A>(args.gradient_scale * derivative_factor(kind)));
+    // A sigmoid less a target is rounded several times already, and d before it meets a slope; the
+    // others are exact or rounded once.
+    double const divisor = std::nearbyint(1.0 / args.gradient_scale);
+    Reciprocal<Vec<A>> const exact_scale =
+        broadcast_reciprocal<A>(reciprocal(divisor, 1, args.dtype));
+    Parameter<Vec<A>> parameter = broadcast_parameter<A>(args);
+    if constexpr (kind == Kind::smooth_l1) {
+        parameter.slope = broadcast_reciprocal<A>(reciprocal(divisor, args.parameter, args.dtype));
+        parameter.limit = scale;
+    }
     auto const scaled = [&](Vec<A> derivative) __attribute__((always_inline)) {
-        if constexpr (is_symmetric(kind))
+        if constexpr (kind == Kind::smooth_l1)
+            return derivative;
+        else if constexpr (is_symmetric(kind))
             return derivative * scale;
         else
-            return reciprocal.times(derivative);
+            return exact_scale.template times<VectorMath>(derivative);
     };
     LaneSum<A> total;
     std::int64_t i = 0;
@@ -194,9 +193,9 @@ void unpack(const A* from, std::int64_t n, const Operand& operand, DType dtype, 
 template <Kind kind, class A>
 void evaluate_packed(const Args& args, Scratch<A>& scratch, std::int64_t n) {
     constexpr int L = kLanes<A>;
-    Vec<A> parameter = broadcast(static_cast<A>(args.parameter));
+    Parameter<Vec<A>> parameter = broadcast_parameter<A>(args);
     for (std::int64_t i = 0; i < n; i += L) {
-        if constexpr (kind == Kind::weighted_bce) parameter = load(scratch.pos_weight + i);
+        if constexpr (kind == Kind::weighted_bce) parameter.value = load(scratch.pos_weight + i);
         Point<Vec<A>> point = evaluate<kind, VectorMath>(load(scratch.input + i),
                                                          load(scratch.target + i), parameter);
         if (args.weight.data) {
@@ -296,17 +295,14 @@ double forward(const Args& args, std::int64_t begin, std::int64_t end) {
         return args.dtype == DType::float64 ? packed_forward<double>(args, begin, end)
                                             : packed_forward<float>(args, begin, end);
     }
-    double const scale = args.gradient_scale * derivative_factor(args.kind);
     return dispatch(args.dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         const T* const input = static_cast<const T*>(args.input.data) + begin;
         const T* const target = static_cast<const T*>(args.target.data) + begin;
         T* const grad = static_cast<T*>(args.grad.data);
         return with_kind(args.kind, [&](auto kind) {
-            return grad ? adjacent_run<kind(), true>(input, target, grad + begin, end - begin,
-                                                     args.parameter, scale)
-                        : adjacent_run<kind(), false>(input, target, grad, end - begin,
-                                                      args.parameter, scale);
+            return grad ? adjacent_run<kind(), true>(args, input, target, grad + begin, end - begin)
+                        : adjacent_run<kind(), false>(args, input, target, grad, end - begin);
         });
     });
 }

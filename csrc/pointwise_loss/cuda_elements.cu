@@ -17,11 +17,16 @@ constexpr int kBlocks = sizeof(T) == 8 ? kMinBlocks / 2 : kMinBlocks;
 
 // Full precision, whatever is stored: a loss is computed from few values, so memory is the limit.
 struct ScalarMath {
-    static __device__ __forceinline__ float exp(float x) { return exponential<float>(x); }
-    static __device__ __forceinline__ double exp(double x) { return exponential<double>(x); }
     template <class A>
-    static __device__ __forceinline__ A log_plus(A x, A rest) {
-        return natural_log(x) + rest;
+    using Number = A;
+    template <class A>
+    struct Sum {
+        A high;
+        A low;
+    };
+    template <class A>
+    static __device__ __forceinline__ Sum<A> exp(A x) {
+        return {exponential<A>(x), A{}};
     }
     template <class A>
     static __device__ __forceinline__ A fmadd(A a, A b, A c) {
@@ -46,13 +51,22 @@ __device__ __forceinline__ A read(const Args& args, const Operand& operand, DTyp
     return static_cast<A>(load_scalar(operand.data, dtype, offset(args, operand, element)));
 }
 
+template <class A>
+__device__ __forceinline__ Parameter<A> parameter_of(const Args& args) {
+    return {static_cast<A>(args.parameter),
+            {static_cast<A>(args.slope.high), static_cast<A>(args.slope.low)},
+            A{1}};
+}
+
 // One element, whatever its types and strides.
 template <class A>
 __device__ __forceinline__ Point<A> point(const Args& args, std::int64_t element) {
     A const x = read<A>(args, args.input, args.dtype, element);
     A const t = read<A>(args, args.target, args.target_dtype, element);
-    A const parameter = args.pos_weight.data ? read<A>(args, args.pos_weight, args.dtype, element)
-                                             : static_cast<A>(args.parameter);
+    Parameter<A> parameter = parameter_of<A>(args);
+    if (args.pos_weight.data) {
+        parameter.value = read<A>(args, args.pos_weight, args.dtype, element);
+    }
     Point<A> result;
     with_kind(args.kind,
               [&](auto kind) { result = evaluate<kind(), ScalarMath>(x, t, parameter); });
@@ -75,7 +89,7 @@ template <class T, class Piece, class F>
 __device__ __forceinline__ void each_point(const Args& args, const Piece& input,
                                            const Piece& target, F f) {
     using A = acc_t<T>;
-    A const parameter = static_cast<A>(args.parameter);
+    Parameter<A> const parameter = parameter_of<A>(args);
     with_kind(args.kind, [&](auto kind) {
 #pragma unroll
         for (int k = 0; k < kVectorLanes<T>; ++k) {

@@ -23,7 +23,8 @@ struct Operand {
 
 struct Args {
     Kind kind;
-    double parameter;  // smooth_l1's beta, huber's delta
+    double parameter;          // smooth_l1's beta, huber's delta
+    Reciprocal<double> slope;  // reciprocal(parameter, 1, dtype), for smooth_l1
     std::int64_t numel;
     int dims;  // >= 1
     std::int64_t sizes[kMaxDims];
@@ -48,6 +49,10 @@ struct Args {
     Operand grad_output;
     DType grad_output_dtype;
 };
+
+// 1 / (a b) in two numbers of the type that dtype is computed in. Both are above 0: with infinities
+// their products agree.
+Reciprocal<double> reciprocal(double a, double b, DType dtype);
 
 // Work is split into chunks of this many elements, whatever the number of threads: that, and a sum
 // over chunks in order, makes the result the same bits for any number of threads.

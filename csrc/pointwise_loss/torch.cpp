@@ -122,6 +122,10 @@ Covered<at::ScalarType> covered_loss_type(const Call& call) {
     }
     bool const has_parameter = kind == Kind::smooth_l1 || kind == Kind::huber;
     if (has_parameter && !(parameter > 0)) return not_covered("beta or delta is not positive");
+    // 1 / (beta numel) is a normal float32.
+    if (kind == Kind::smooth_l1 && !(parameter >= 0x1p-64 && parameter <= 0x1p64)) {
+        return not_covered("a beta of an extreme size");
+    }
     if ((is_given(weight) || is_given(pos_weight)) && kind != Kind::bce_with_logits) {
         return not_covered("a weight for each element");
     }
@@ -160,9 +164,10 @@ struct KernelArgs {
         const Tensor& input = call.input;
         check(call, loss, grad_output);
         args.kind = is_given(call.pos_weight) ? Kind::weighted_bce : call.kind;
-        args.parameter = call.parameter;
         args.numel = input.numel();
         args.dtype = *kernel_dtype(input.scalar_type());
+        args.parameter = call.parameter;
+        args.slope = reciprocal(call.parameter, 1, args.dtype);
         args.target_dtype = *kernel_dtype(call.target.scalar_type());
         args.gradient_scale = 1.0 / call.divisor();
 

@@ -102,6 +102,7 @@ void pointwise_loss(const char* dtype_name, DType dtype) {
     std::vector<T> grad_output = numbers<T>(kNumel);
     Args args{};
     args.parameter = 1;
+    args.slope = reciprocal(1, 1, dtype);
     args.numel = kNumel;
     args.dims = 1;
     args.sizes[0] = kNumel;

@@ -107,10 +107,9 @@ Case::Case(Choices& choices_) : choices(choices_) {
     args.dtype = dtype;
     args.target_dtype = choices.one_in(4) ? computed : dtype;
     args.loss_dtype = choices.one_in(2) ? computed : dtype;
-    args.parameter = args.kind == Kind::smooth_l1
-                         ? choices.one_of({1.0, 0.1, 0.0, 1e-30, 1e30, 3.0})
-                         : choices.one_of({1.0, 0.1, 1e-30, 1e30, 3.0});
-    args.gradient_scale = choices.one_of({1.0, 1.0 / static_cast<double>(numel), 1e-30, 0.0});
+    args.parameter = choices.one_of({1.0, 0.1, 1e-18, 1e18, 3.0});
+    args.slope = fusedstep::pointwise_loss::reciprocal(args.parameter, 1, dtype);
+    args.gradient_scale = choices.one_of({1.0, 1.0 / static_cast<double>(numel), 1e-18, 0.0});
 
     input = add(args.input, dtype, false);
     target = add(args.target, args.target_dtype, false);
