@@ -79,13 +79,18 @@ FUSEDSTEP_VEC VecD exp(VecD x) {
     return x < -708.3964185322641 ? VecD{} : (p.high + p.low) * e.power;
 }
 
-// exp(x) for x <= 0, not rounded. 0 far below, where n is -127 (-1023): its biased exponent is 0.
+// exp(x) for x <= 0, not rounded; 0 where the result would be subnormal, and rounded where the low
+// part might be: a product that is subnormal may take a processor a hundred cycles.
 template <class V>
 FUSEDSTEP_VEC Sum<V> exp_sum(V x) {
-    V const least = V{} + (sizeof(x[0]) == sizeof(float) ? -88.0 : -709.2);
-    ExpParts<V> const e = exp_parts(x < least ? least : x);
+    using A = std::remove_cvref_t<decltype(x[0])>;
+    constexpr bool kWide = sizeof(A) == sizeof(double);
+    A const least = static_cast<A>(kWide ? -708.3964185322641 : -87.3365447);
+    A const least_with_low = kWide ? -630 : -50;
+    ExpParts<V> const e = exp_parts(x < least ? broadcast(least) : x);
     Sum<V> const p = e.one_plus();
-    return {p.high * e.power, p.low * e.power};
+    V const power = x < least ? V{} : e.power;
+    return {p.high * power, (x < least_with_low ? V{} : p.low) * power};
 }
 
 // log(x) for normal x > 0; inf for inf, NaN for NaN. x = 2^exponent (1 + f), 1 + f in [sqrt(1/2),

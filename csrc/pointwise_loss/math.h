@@ -138,7 +138,12 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, const Parameter<V>& given) {
         auto const e = Math::exp(x < -x ? x : -x);
         V const rounded = e.high + e.low;
         V const minus_sum = -one - rounded;
-        V const minus_lost = ((-one - minus_sum) - e.high) - e.low;
+        // Of so small an e the square adds nothing, but might be subnormal, which a processor may
+        // take a hundred cycles for.
+        using Number = typename Math::template Number<V>;
+        constexpr double kSmall = std::is_same_v<Number, double> ? 0x1p-120 : 0x1p-58;
+        auto const small = e.high < static_cast<Number>(kSmall);
+        V const minus_lost = small ? zero : ((-one - minus_sum) - e.high) - e.low;
         V const inverse = -one / minus_sum;
         V const quotient = rounded * inverse;
         V const remainder =
@@ -148,7 +153,8 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, const Parameter<V>& given) {
         V const sigmoid = Math::fmadd(x < zero ? remainder : larger_remainder, inverse,
                                       x < zero ? quotient : inverse);
         // log(1 + e) = -log(1 - quotient) + remainder, to first order, = quotient + tail
-        V const tail = Math::fmadd(quotient * quotient, log_tail<Math>(quotient), remainder);
+        V const squared = small ? zero : quotient;
+        V const tail = Math::fmadd(squared * squared, log_tail<Math>(quotient), remainder);
         if constexpr (kind == Kind::bce_with_logits) {
             // For x < 0 the product and -x add up to little, -t x. What 1 - t is rounded by counts
             // where it is finite.
