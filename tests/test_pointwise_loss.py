@@ -1225,6 +1225,18 @@ def test_gradients_do_not_share_memory() -> None:
         list(threads.map(check_many, range(4)))
 
 
+@pytest.mark.level
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_gradients_of_confident_logits(device: str, dtype: torch.dtype) -> None:
+    """They are small, and as exact as others; the measure over all elements does not see them."""
+    x = (87 * (2 * torch.rand(10_000, dtype=dtype, device=device) - 1)).requires_grad_()
+    loss = F.binary_cross_entropy_with_logits(x, torch.zeros_like(x), reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(
+        gradient.double(), x.detach().double().sigmoid(), rtol=4 * torch.finfo(dtype).eps, atol=0
+    )
+
+
 # ------------------------------------------------------------------ speed, by what can be counted
 
 

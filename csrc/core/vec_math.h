@@ -90,7 +90,9 @@ FUSEDSTEP_VEC Sum<V> exp_sum(V x) {
     ExpParts<V> const e = exp_parts(x < least ? broadcast(least) : x);
     Sum<V> const p = e.one_plus();
     V const power = x < least ? V{} : e.power;
-    return {p.high * power, (x < least_with_low ? V{} : p.low) * power};
+    V const high = x < least_with_low ? p.high + p.low : p.high;
+    V const low = x < least_with_low ? V{} : p.low;
+    return {high * power, low * power};
 }
 
 // log(x) for normal x > 0; inf for inf, NaN for NaN. x = 2^exponent (1 + f), 1 + f in [sqrt(1/2),
