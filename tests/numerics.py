@@ -76,13 +76,17 @@ def smallest_step(dtype: torch.dtype) -> float:
     return 0.5 * info.smallest_normal * info.eps if dtype is F16 else info.smallest_normal
 
 
-def error(actual: Tensor, expected: Tensor, scale: Tensor, dtype: torch.dtype) -> float:
-    """The largest error, in multiples of the scale; infinite where only one side is finite."""
+def error(
+    actual: Tensor, expected: Tensor, scale: Tensor, dtype: torch.dtype, factor: float = 1.0
+) -> float:
+    """The largest error, in multiples of the scale; infinite where only one side is finite. What
+    may vanish is multiplied by a factor, if that is greater than 1."""
     if actual.shape != expected.shape:
         return math.inf
     actual = actual.double()
     agree = (actual == expected) | (actual.isnan() & expected.isnan())
-    excess = ((actual - expected).abs() - smallest_step(dtype)).clamp(min=0) / scale
+    vanishing = max(factor, 1.0) * smallest_step(dtype)
+    excess = ((actual - expected).abs() - vanishing).clamp(min=0) / scale
     excess = torch.where(agree | (excess == 0), 0.0, excess).nan_to_num(math.inf)
     return excess.max().item() if excess.numel() else 0.0
 

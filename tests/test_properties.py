@@ -644,6 +644,7 @@ def roundings(
     # What torch computes for us, strided views and some mixtures of layouts, it rounds each time.
     grad = twin.param.grad
     is_ours = torch.empty_like(twin.param).stride() == twin.param.stride() == grad.stride()
+    is_ours &= buffer is None or buffer.stride() == grad.stride()
     eps = compute.eps if is_ours else torch.finfo(twin.dtype).eps
     lr, momentum = float(options["lr"]), options["momentum"]
     terms = twin.exact.grad.abs() + options["weight_decay"] * param.abs()
