@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ def weights_and_momentum(path: Path) -> list[torch.Tensor]:
 def assert_same_bits(one: Path, other: Path) -> None:
     pairs = zip(weights_and_momentum(one), weights_and_momentum(other), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts what is to run in the background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
