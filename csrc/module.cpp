@@ -9,6 +9,7 @@
 #include "pointwise_loss/binding.h"
 #include "sgd/binding.h"
 #include "torch_glue/coverage.h"
+#include "torch_glue/python.h"
 
 namespace py = pybind11;
 
@@ -16,11 +17,6 @@ namespace {
 
 using fusedstep::cross_entropy::check_targets;
 using fusedstep::sgd::Rounding;
-
-// A torch.Tensor or Parameter itself: a subclass may mean something else by its operations.
-const at::Tensor* plain_tensor(py::handle object) {
-    return THPVariable_CheckExact(object.ptr()) ? &THPVariable_Unpack(object.ptr()) : nullptr;
-}
 
 // Tensors of one call as C++ sees them, if all are plain and nothing is watching calls. Borrowed:
 // the call's arguments hold them.
@@ -41,7 +37,7 @@ public:
 
 private:
     void add(py::handle object) {
-        tensors_.push_back(plain_tensor(object));
+        tensors_.push_back(fusedstep::plain_tensor(object.ptr()));
         plain_ = plain_ && tensors_.back();
     }
 

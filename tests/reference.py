@@ -243,7 +243,7 @@ def smooth_l1_loss(
         return l1_loss(input, target, reduction=reduction, grad_output=grad_output)
     d = input.detach().double() - target.detach().double()
     is_near = d.abs() < beta
-    value = torch.where(is_near, d * d / (2 * beta), d.abs() - beta / 2)
+    value = torch.where(is_near, d * (d / beta) / 2, d.abs() - beta / 2)
     derivative = torch.where(is_near, d / beta, d.sign())
     value_scale = torch.where(is_near, value, d.abs())
     return _pointwise(value, value_scale, derivative, derivative.abs(), reduction, grad_output)
@@ -277,18 +277,23 @@ def binary_cross_entropy_with_logits(
 ) -> Pointwise:
     """`-w (q t log p + (1 - t) log(1 - p))`, p the sigmoid of the input, q the pos_weight.
 
-    `-log p` is `softplus(-x)` and `-log(1 - p)` is `softplus(-x) + x`, which neither overflow nor
-    cancel.
+    `-log p` is `log(1 + exp(-|x|)) + max(-x, 0)` and `-log(1 - p)` is that plus `x`: what cancels
+    is left out.
     """
     x, t = input.detach().double(), target.detach().double()
     one = torch.ones_like(x)
     w = one if weight is None else weight.detach().double().expand_as(x)
     q = one if pos_weight is None else pos_weight.detach().double().expand_as(x)
-    softplus = (-x.abs()).exp().log1p() + (-x).clamp(min=0)
+    log_sum = (-x.abs()).exp().log1p()
+    linear = torch.where(x < 0, -q * t, 1 - t) * x
+    more = (q - 1) * t if pos_weight is not None else torch.zeros_like(x)
+    linear_scale = (
+        linear.abs() if pos_weight is None else ((1 - t).abs() + 1 + more.abs()) * x.abs()
+    )
     p = torch.where(x < 0, x.exp(), 1.0) / (1 + (-x.abs()).exp())
     return _pointwise(
-        w * ((1 - t) * x + (1 + (q - 1) * t) * softplus),
-        w.abs() * ((1 - t).abs() * x.abs() + (1 + 2 * ((q - 1) * t).abs()) * softplus),
+        w * (linear + (1 + more) * log_sum),
+        w.abs() * (linear_scale + (1 + 2 * more.abs()) * log_sum),
         w * ((1 - t + q * t) * p - q * t),
         w.abs() * (((1 - t).abs() + (q * t).abs()) * p + (q * t).abs()),
         reduction,

@@ -75,14 +75,9 @@ void for_each_run(const Args& args, std::int64_t begin, std::int64_t end, F f) {
 // ---- The adjacent walk ----
 
 template <class A>
-FUSEDSTEP_VEC Reciprocal<Vec<A>> broadcast_reciprocal(const Reciprocal<double>& r) {
-    return {broadcast(static_cast<A>(r.high)), broadcast(static_cast<A>(r.low))};
-}
-
-template <class A>
-FUSEDSTEP_VEC Parameter<Vec<A>> broadcast_parameter(const Args& args) {
-    return {broadcast(static_cast<A>(args.parameter)), broadcast_reciprocal<A>(args.slope),
-            broadcast(A{1})};
+FUSEDSTEP_VEC Reciprocal<Vec<A>> broadcast_scale(const Args& args) {
+    return {broadcast(static_cast<A>(args.derivative_scale.high)),
+            broadcast(static_cast<A>(args.derivative_scale.low))};
 }
 
 // Sums are taken in blocks of vectors, then in double, so that rounding does not grow with n.
@@ -91,25 +86,9 @@ double adjacent_run(const Args& args, const T* input, const T* target, T* grad, 
     using A = acc_t<T>;
     constexpr int L = kLanes<A>;
     constexpr std::int64_t kBlock = 16 * 4 * L;
-    Vec<A> const scale = broadcast(static_cast<A>(args.gradient_scale * derivative_factor(kind)));
-    // A sigmoid less a target is rounded several times already, and d before it meets a slope; the
-    // others are exact or rounded once.
-    double const divisor = std::nearbyint(1.0 / args.gradient_scale);
-    Reciprocal<Vec<A>> const exact_scale =
-        broadcast_reciprocal<A>(reciprocal(divisor, 1, args.dtype));
-    Parameter<Vec<A>> parameter = broadcast_parameter<A>(args);
-    if constexpr (kind == Kind::smooth_l1) {
-        parameter.slope = broadcast_reciprocal<A>(reciprocal(divisor, args.parameter, args.dtype));
-        parameter.limit = scale;
-    }
-    auto const scaled = [&](Vec<A> derivative) __attribute__((always_inline)) {
-        if constexpr (kind == Kind::smooth_l1)
-            return derivative;
-        else if constexpr (is_symmetric(kind))
-            return derivative * scale;
-        else
-            return exact_scale.template times<VectorMath>(derivative);
-    };
+    Vec<A> const parameter = broadcast(static_cast<A>(args.parameter));
+    Reciprocal<Vec<A>> const scale = broadcast_scale<A>(args);
+    Vec<A> const one = broadcast(A{1});
     LaneSum<A> total;
     std::int64_t i = 0;
     while (i + 4 * L <= n) {
@@ -122,7 +101,8 @@ double adjacent_run(const Args& args, const T* input, const T* target, T* grad, 
                 auto const [loss, derivative] =
                     evaluate<kind, VectorMath>(load(input + at), load(target + at), parameter);
                 sum[k] += loss;
-                if constexpr (kGrad) store(grad + at, scaled(derivative));
+                if constexpr (kGrad)
+                    store(grad + at, gradient<VectorMath>(kind, derivative, scale, one));
             }
         }
         total.add((sum[0] + sum[1]) + (sum[2] + sum[3]));
@@ -133,7 +113,10 @@ double adjacent_run(const Args& args, const T* input, const T* target, T* grad, 
             evaluate<kind, VectorMath>(load_partial_or_whole(input + i, width),
                                        load_partial_or_whole(target + i, width), parameter);
         total.add(first_lanes<A>(width) ? loss : Vec<A>{});
-        if constexpr (kGrad) store_partial_or_whole(grad + i, scaled(derivative), width);
+        if constexpr (kGrad) {
+            store_partial_or_whole(grad + i, gradient<VectorMath>(kind, derivative, scale, one),
+                                   width);
+        }
     }
     return total.total();
 }
@@ -193,9 +176,9 @@ void unpack(const A* from, std::int64_t n, const Operand& operand, DType dtype, 
 template <Kind kind, class A>
 void evaluate_packed(const Args& args, Scratch<A>& scratch, std::int64_t n) {
     constexpr int L = kLanes<A>;
-    Parameter<Vec<A>> parameter = broadcast_parameter<A>(args);
+    Vec<A> parameter = broadcast(static_cast<A>(args.parameter));
     for (std::int64_t i = 0; i < n; i += L) {
-        if constexpr (kind == Kind::weighted_bce) parameter.value = load(scratch.pos_weight + i);
+        if constexpr (kind == Kind::weighted_bce) parameter = load(scratch.pos_weight + i);
         Point<Vec<A>> point = evaluate<kind, VectorMath>(load(scratch.input + i),
                                                          load(scratch.target + i), parameter);
         if (args.weight.data) {
@@ -241,16 +224,15 @@ void write_packed(const A* from, std::int64_t n, const Operand& operand, DType d
     unpack(from, n, operand, dtype, offset + i * stride, stride);
 }
 
-// derivative *= factor, which is one value or one for each element.
+// Leaves the gradient where the derivative was: for a grad_output of 1, or for those in scratch.
 template <class A>
-void scale_packed(const Args& args, Scratch<A>& scratch, std::int64_t n, bool by_grad_output) {
+void gradient_packed(const Args& args, Scratch<A>& scratch, std::int64_t n, bool by_grad_output) {
     constexpr int L = kLanes<A>;
-    Vec<A> const scale =
-        broadcast(static_cast<A>(args.gradient_scale * derivative_factor(args.kind)));
+    Reciprocal<Vec<A>> const scale = broadcast_scale<A>(args);
     for (std::int64_t i = 0; i < n; i += L) {
-        Vec<A> factor = scale;
-        if (by_grad_output) factor *= load(scratch.grad_output + i);
-        store(scratch.derivative + i, load(scratch.derivative + i) * factor);
+        Vec<A> const upstream = by_grad_output ? load(scratch.grad_output + i) : broadcast(A{1});
+        store(scratch.derivative + i,
+              gradient<VectorMath>(args.kind, load(scratch.derivative + i), scale, upstream));
     }
 }
 
@@ -272,7 +254,7 @@ double packed_forward(const Args& args, std::int64_t begin, std::int64_t end) {
                 sum.add(block.total());
             }
             if (args.grad.data) {
-                scale_packed(args, scratch, n, false);
+                gradient_packed(args, scratch, n, false);
                 write_packed(scratch.derivative, n, args.grad, args.dtype, at.grad, i, last);
             }
         });
@@ -284,7 +266,7 @@ void packed_backward(const Args& args, std::int64_t begin, std::int64_t end) {
     int const last = args.dims - 1;
     for_each_packed<A>(args, begin, end,
                        [&](Scratch<A>& scratch, std::int64_t n, const Offsets& at, std::int64_t i) {
-                           scale_packed(args, scratch, n, true);
+                           gradient_packed(args, scratch, n, true);
                            write_packed(scratch.derivative, n, args.grad, args.dtype, at.grad, i,
                                         last);
                        });

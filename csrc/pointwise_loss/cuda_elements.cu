@@ -52,10 +52,8 @@ __device__ __forceinline__ A read(const Args& args, const Operand& operand, DTyp
 }
 
 template <class A>
-__device__ __forceinline__ Parameter<A> parameter_of(const Args& args) {
-    return {static_cast<A>(args.parameter),
-            {static_cast<A>(args.slope.high), static_cast<A>(args.slope.low)},
-            A{1}};
+__device__ __forceinline__ Reciprocal<A> scale_in(const Args& args) {
+    return {static_cast<A>(args.derivative_scale.high), static_cast<A>(args.derivative_scale.low)};
 }
 
 // One element, whatever its types and strides.
@@ -63,10 +61,8 @@ template <class A>
 __device__ __forceinline__ Point<A> point(const Args& args, std::int64_t element) {
     A const x = read<A>(args, args.input, args.dtype, element);
     A const t = read<A>(args, args.target, args.target_dtype, element);
-    Parameter<A> parameter = parameter_of<A>(args);
-    if (args.pos_weight.data) {
-        parameter.value = read<A>(args, args.pos_weight, args.dtype, element);
-    }
+    A const parameter = args.pos_weight.data ? read<A>(args, args.pos_weight, args.dtype, element)
+                                             : static_cast<A>(args.parameter);
     Point<A> result;
     with_kind(args.kind,
               [&](auto kind) { result = evaluate<kind(), ScalarMath>(x, t, parameter); });
@@ -89,7 +85,7 @@ template <class T, class Piece, class F>
 __device__ __forceinline__ void each_point(const Args& args, const Piece& input,
                                            const Piece& target, F f) {
     using A = acc_t<T>;
-    Parameter<A> const parameter = parameter_of<A>(args);
+    A const parameter = static_cast<A>(args.parameter);
     with_kind(args.kind, [&](auto kind) {
 #pragma unroll
         for (int k = 0; k < kVectorLanes<T>; ++k) {
@@ -125,7 +121,7 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void forward_kernel(
     };
     auto& shared = block_shared<Shared>();
     const Args& args = a.args;
-    A const scale = static_cast<A>(args.gradient_scale * derivative_factor(args.kind));
+    Reciprocal<A> const scale = scale_in<A>(args);
     std::int64_t const thread = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     std::int64_t const step = std::int64_t{gridDim.x} * blockDim.x;
     double sum = 0;
@@ -134,7 +130,10 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void forward_kernel(
         Point<A> const p = point<A>(args, element);
         sum += p.loss;
         if (args.loss.data) write(args, args.loss, args.loss_dtype, element, p.loss);
-        if (args.grad.data) write(args, args.grad, args.dtype, element, p.derivative * scale);
+        if (args.grad.data) {
+            write(args, args.grad, args.dtype, element,
+                  gradient<ScalarMath>(args.kind, p.derivative, scale, A{1}));
+        }
     };
     if constexpr (kVectors) {
         auto* const input = static_cast<const T*>(args.input.data);
@@ -150,7 +149,8 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void forward_kernel(
             each_point<T>(args, x, t, [&](int k, const Point<A>& p) {
                 part += p.loss;
                 losses.lane[k] = from_acc<T>(p.loss);
-                derivatives.lane[k] = from_acc<T>(p.derivative * scale);
+                derivatives.lane[k] =
+                    from_acc<T>(gradient<ScalarMath>(args.kind, p.derivative, scale, A{1}));
             });
             sum += part;
             if (loss) pieces.store(loss, 1, piece, losses);
@@ -172,14 +172,14 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void backward_kernel(
     using A = acc_t<T>;
     const Args& args = a.args;
     if (a.keep_if_one && load_scalar(args.grad_output.data, args.grad_output_dtype, 0) == 1) return;
-    A const scale = static_cast<A>(args.gradient_scale * derivative_factor(args.kind));
+    Reciprocal<A> const scale = scale_in<A>(args);
     std::int64_t const thread = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     std::int64_t const step = std::int64_t{gridDim.x} * blockDim.x;
 
     auto const one = [&](std::int64_t element) {
         A const upstream = read<A>(args, args.grad_output, args.grad_output_dtype, element);
         write(args, args.grad, args.dtype, element,
-              point<A>(args, element).derivative * (scale * upstream));
+              gradient<ScalarMath>(args.kind, point<A>(args, element).derivative, scale, upstream));
     };
     if constexpr (kVectors) {
         auto* const input = static_cast<const T*>(args.input.data);
@@ -197,7 +197,8 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void backward_kernel(
             auto derivatives = is_one_value ? x : pieces.load(grad_output, piece);
             each_point<T>(args, x, t, [&](int k, const Point<A>& p) {
                 A const upstream = is_one_value ? value : to_acc(derivatives.lane[k]);
-                derivatives.lane[k] = from_acc<T>(p.derivative * (scale * upstream));
+                derivatives.lane[k] =
+                    from_acc<T>(gradient<ScalarMath>(args.kind, p.derivative, scale, upstream));
             });
             pieces.store(grad, 1, piece, derivatives);
         }

@@ -58,13 +58,10 @@ FUSEDSTEP_HD decltype(auto) with_kind(Kind kind, F&& f) {
     return f(std::integral_constant<Kind, Kind::weighted_bce>{});
 }
 
-// What a derivative below still has to be multiplied by: 2 d would overflow where d does not.
-constexpr double derivative_factor(Kind kind) { return kind == Kind::mse ? 2 : 1; }
-
 template <class V>
 struct Point {
     V loss;
-    V derivative;  // divided by derivative_factor()
+    V derivative;  // but for what derivative_scale() makes good: d of mse, beta times smooth_l1's
 };
 
 // 1 / divisor as the sum of two numbers, so that a product with it is rounded once, as a quotient
@@ -80,14 +77,15 @@ struct Reciprocal {
     }
 };
 
-template <class V>
-struct Parameter {
-    V value;  // smooth_l1's beta > 0, huber's delta > 0, or weighted_bce's pos_weight of this point
-    // smooth_l1's derivative: below beta a multiple of d, from there on plus or minus the limit.
-    // They are 1 / beta and 1, or both times what the caller would multiply the derivative by.
-    Reciprocal<V> slope;
-    V limit;
-};
+// The gradient: a derivative times what derivative_scale() made times grad_output. What is bounded
+// has been rounded often enough before; with the others neither 2 d nor d times 1 / n may become
+// infinite or 0 where the gradient is not.
+template <class Math, class V>
+FUSEDSTEP_HD V gradient(Kind kind, V derivative, const Reciprocal<V>& scale, V grad_output) {
+    bool const is_bounded = kind == Kind::smooth_l1 || !is_symmetric(kind);
+    return is_bounded ? scale.template times<Math>(derivative) * grad_output
+                      : derivative * ((scale.high + scale.low) * grad_output);
+}
 
 // -1, 0 or 1; 0 for NaN, as in torch.
 template <class V>
@@ -123,16 +121,15 @@ FUSEDSTEP_HD V log_tail(V x) {
     }
 }
 
+// parameter: smooth_l1's beta > 0, huber's delta > 0, or weighted_bce's pos_weight of this point.
 // Math::exp(x) for x <= 0 as a sum of two numbers, .high + .low, that has yet to be rounded;
 // Math::fmadd(a, b, c) = a b + c, rounded once where the processor can; Math::Number<V>, what V
 // holds.
 template <Kind kind, class Math, class V>
-FUSEDSTEP_HD Point<V> evaluate(V x, V t, const Parameter<V>& given) {
+FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
     V const zero{};
-    V const parameter = given.value;
     if constexpr (!is_symmetric(kind)) {
         V const one = zero + 1;
-        V const opposite = x < zero ? -x : zero;
         // 1 + e = -(minus_sum + minus_lost) and, each a quotient and its remainder's:
         // e / (1 + e) = sigmoid(-|x|) and 1 / (1 + e) = sigmoid(|x|).
         auto const e = Math::exp(x < -x ? x : -x);
@@ -155,16 +152,13 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, const Parameter<V>& given) {
         // log(1 + e) = -log(1 - quotient) + remainder, to first order, = quotient + tail
         V const squared = small ? zero : quotient;
         V const tail = Math::fmadd(squared * squared, log_tail<Math>(quotient), remainder);
+        V const log_sum = quotient + tail;
         if constexpr (kind == Kind::bce_with_logits) {
-            // For x < 0 the product and -x add up to little, -t x. What 1 - t is rounded by counts
-            // where it is finite.
-            V const kept = one - t;
-            V const rest = Math::fmadd(kept, x, opposite);
-            V const lost = ((one - kept) - t) * x;
-            return {(quotient + (tail + (lost - lost == zero ? lost : zero))) + rest, sigmoid - t};
+            // Where x < 0 it cancels softplus's -x: -t x is left.
+            return {log_sum + (x < zero ? -t : one - t) * x, sigmoid - t};
         }
-        V const softplus = (quotient + tail) + opposite;
         V const weighted = parameter * t;
+        V const softplus = log_sum + (x < zero ? -x : zero);
         return {(one - t) * x + (one + (parameter - one) * t) * softplus,
                 (one - t + weighted) * sigmoid - weighted};
     } else {
@@ -175,8 +169,7 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, const Parameter<V>& given) {
         V const half = zero + 0.5f;
         if constexpr (kind == Kind::smooth_l1) {
             return {magnitude < parameter ? half * d * d / parameter : magnitude - half * parameter,
-                    magnitude >= parameter ? (d < zero ? -given.limit : given.limit)
-                                           : given.slope.template times<Math>(d)};
+                    magnitude >= parameter ? (d < zero ? -parameter : parameter) : d};
         }
         if constexpr (kind == Kind::huber) {
             return {

@@ -23,8 +23,7 @@ struct Operand {
 
 struct Args {
     Kind kind;
-    double parameter;          // smooth_l1's beta, huber's delta
-    Reciprocal<double> slope;  // reciprocal(parameter, 1, dtype), for smooth_l1
+    double parameter;  // smooth_l1's beta, huber's delta
     std::int64_t numel;
     int dims;  // >= 1
     std::int64_t sizes[kMaxDims];
@@ -37,12 +36,12 @@ struct Args {
     DType loss_dtype;    // dtype, or float32 where that is of 16 bits
     Operand input;
     Operand target;
-    Operand weight;      // multiplies the loss of each element; absent: one
+    Operand weight;      // of a binary cross-entropy: multiplies each element's; absent: one
     Operand pos_weight;  // there for weighted_bce
     Operand grad;        // the gradient with respect to the input; absent: not wanted
     Operand loss;        // of each element; absent: reduced
 
-    double gradient_scale;  // multiplies the gradient: 1 / numel for a mean, else 1
+    Reciprocal<double> derivative_scale;  // as derivative_scale() makes it
 
     // backward only: gradient of the loss, in grad_output_dtype; strides of 0 where it is one
     // value.
@@ -50,9 +49,10 @@ struct Args {
     DType grad_output_dtype;
 };
 
-// 1 / (a b) in two numbers of the type that dtype is computed in. Both are above 0: with infinities
-// their products agree.
-Reciprocal<double> reciprocal(double a, double b, DType dtype);
+// What the derivatives of evaluate() are to be multiplied by where the loss is divided by
+// `divisor`, in two numbers of the type that dtype is computed in. Both are above 0: with
+// infinities their products agree. A parameter of smooth_l1 is within 2^-64 and 2^64.
+Reciprocal<double> derivative_scale(Kind kind, double parameter, double divisor, DType dtype);
 
 // Work is split into chunks of this many elements, whatever the number of threads: that, and a sum
 // over chunks in order, makes the result the same bits for any number of threads.

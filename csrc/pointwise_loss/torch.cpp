@@ -167,9 +167,9 @@ struct KernelArgs {
         args.numel = input.numel();
         args.dtype = *kernel_dtype(input.scalar_type());
         args.parameter = call.parameter;
-        args.slope = reciprocal(call.parameter, 1, args.dtype);
         args.target_dtype = *kernel_dtype(call.target.scalar_type());
-        args.gradient_scale = 1.0 / call.divisor();
+        args.derivative_scale =
+            derivative_scale(args.kind, args.parameter, call.divisor(), args.dtype);
 
         std::array<std::pair<Operand*, Tensor>, 7> operands{
             {{&args.input, input},

@@ -28,6 +28,7 @@
 #include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/plain.h"
+#include "torch_glue/python.h"
 
 #if defined(FUSEDSTEP_CUDA)
 #include <ATen/ops/empty.h>
@@ -103,11 +104,6 @@ double as_number(PyObject* value) {
     double const number = PyFloat_AsDouble(value);
     if (number == -1.0 && PyErr_Occurred()) throw py::error_already_set();
     return number;
-}
-
-// The tensor that a Python object is; null where it is none, or of a subclass.
-const Tensor* plain_tensor(PyObject* object) {
-    return THPVariable_CheckExact(object) ? &THPVariable_Unpack(object) : nullptr;
 }
 
 // Calls f with every parameter of a group. f may run Python code.

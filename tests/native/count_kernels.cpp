@@ -102,7 +102,6 @@ void pointwise_loss(const char* dtype_name, DType dtype) {
     std::vector<T> grad_output = numbers<T>(kNumel);
     Args args{};
     args.parameter = 1;
-    args.slope = reciprocal(1, 1, dtype);
     args.numel = kNumel;
     args.dims = 1;
     args.sizes[0] = kNumel;
@@ -112,9 +111,9 @@ void pointwise_loss(const char* dtype_name, DType dtype) {
     args.target = {target.data() + 1, {1}};
     args.grad = {grad.data(), {1}};
     args.grad_output = {grad_output.data(), {1}};
-    args.gradient_scale = 1.0 / kNumel;
     for (int kind = 0; kind < 5; ++kind) {
         args.kind = static_cast<Kind>(kind);
+        args.derivative_scale = derivative_scale(args.kind, args.parameter, kNumel, dtype);
         std::string const what = std::string(names[kind]) + " " + dtype_name;
         count(what + " loss and gradient", kNumel, [&] {
             for (std::int64_t i = 0; i < kNumel; i += kChunk) {

@@ -64,6 +64,7 @@ struct Case {
     std::int64_t numel;
     std::vector<std::int64_t> sizes;
     Args args{};
+    double divisor;  // of the loss
     std::unique_ptr<Array> input, target, weight, pos_weight, grad, loss, grad_output;
     std::vector<Point> expected;
     const char* level = "";
@@ -108,12 +109,15 @@ Case::Case(Choices& choices_) : choices(choices_) {
     args.target_dtype = choices.one_in(4) ? computed : dtype;
     args.loss_dtype = choices.one_in(2) ? computed : dtype;
     args.parameter = choices.one_of({1.0, 0.1, 1e-18, 1e18, 3.0});
-    args.slope = fusedstep::pointwise_loss::reciprocal(args.parameter, 1, dtype);
-    args.gradient_scale = choices.one_of({1.0, 1.0 / static_cast<double>(numel), 1e-18, 0.0});
+    divisor = choices.one_of({1.0, static_cast<double>(numel), 1e18});
+    args.derivative_scale =
+        fusedstep::pointwise_loss::derivative_scale(args.kind, args.parameter, divisor, dtype);
 
     input = add(args.input, dtype, false);
     target = add(args.target, args.target_dtype, false);
-    if (!args.adjacent && choices.one_in(2)) weight = add(args.weight, dtype, false);
+    if (!args.adjacent && !is_symmetric(args.kind) && choices.one_in(2)) {
+        weight = add(args.weight, dtype, false);
+    }
     if (args.kind == Kind::weighted_bce) pos_weight = add(args.pos_weight, dtype, false);
     if (!choices.one_in(4)) grad = add(args.grad, dtype, true);
     if (choices.one_in(2)) loss = add(args.loss, args.loss_dtype, true);
@@ -147,17 +151,16 @@ void Case::wrong(const char* what, std::int64_t i, Real got, const Expected& e) 
               ", grad_output ", grad_output ? (*grad_output)[i] : 1, "\n  kind ", int(args.kind),
               " parameter ", args.parameter, ", dtype ", int(dtype), ", target's ",
               int(args.target_dtype), ", sizes ", list(sizes), ", adjacent ", args.adjacent,
-              ", gradient scale ", args.gradient_scale));
+              ", divisor ", divisor));
 }
 
 void Case::check_grad(const std::vector<std::uint8_t>& before, bool backward) const {
-    Real const scale = rounded(
-        computed, args.gradient_scale * fusedstep::pointwise_loss::derivative_factor(args.kind));
-    Real const factor = args.kind == Kind::mse ? 2 : 1;
     for (std::int64_t i = 0; i < numel; ++i) {
-        Real const upstream = (backward ? (*grad_output)[i] : 1) * scale / factor;
-        Expected e = times(expected[static_cast<std::size_t>(i)].derivative, upstream, computed);
-        e.absolute += e.largest;  // a scale that underflows meets the derivative
+        Real const upstream = backward ? (*grad_output)[i] : 1;
+        Expected e =
+            times(expected[static_cast<std::size_t>(i)].derivative, upstream / divisor, computed);
+        // Of three factors two may underflow before they meet the third.
+        e.absolute += e.largest + absolute(upstream);
         if (!is_close((*grad)[i], e, computed, dtype)) {
             wrong(backward ? "backward's gradient" : "gradient", i, (*grad)[i], e);
         }
