@@ -303,6 +303,8 @@ struct KernelArgs {
                     "cross_entropy_forward: a loss of dtype ", loss_dtype,
                     " does not fit logits of dtype ", logits.scalar_type());
         bool const per_row = reduction == Reduction::none;
+        TORCH_CHECK(per_row || reduction == Reduction::mean || reduction == Reduction::sum,
+                    "cross_entropy_forward: there is no reduction ", static_cast<int>(reduction));
         c10::SymDimVector rows_shape;
         if (per_row || with_lse) rows_shape = index_shape(logits);
         at::IntArrayRef const shape = C10_AS_INTARRAYREF_SLOW(rows_shape);
