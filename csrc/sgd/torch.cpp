@@ -356,12 +356,8 @@ void check_buffer(const Tensor& buffer, const Tensor& param, const Tensor& grad)
 
 // ---- Rounding of 16-bit parameters ----
 
-bool is_16_bit(const Tensor& param) {
-    return param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf;
-}
-
 Precision precision_of(const Tensor& param, const Rounding& rounding) {
-    if (!is_16_bit(param)) return Precision::ordinary;
+    if (!is_narrow(param.scalar_type())) return Precision::ordinary;
     if (rounding.master_weights) return Precision::master_weights;
     if (!rounding.seed) return Precision::ordinary;
     if (param.scalar_type() != at::kBFloat16) {
