@@ -1,5 +1,4 @@
 // The rooms' launch choices, for tests/test_launch_plans.py to call: no kernel is launched.
-#include <algorithm>
 #include <cstdint>
 
 #include "cross_entropy/cuda_plan.h"

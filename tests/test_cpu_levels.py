@@ -13,8 +13,17 @@ from pathlib import Path
 
 import pytest
 
-LEVELS = {"default": set(), "avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512vl"}}
 HERE = Path(__file__).parent
+CORE = HERE.parent / "csrc" / "core"
+
+
+def instruction_sets(level: str) -> set[str]:
+    """That kernels of a level are compiled for."""
+    (targets,) = re.findall(r'GCC target\("(.+)"\)', (CORE / f"level_{level}.h").read_text())
+    return {name for name in targets.split(",") if "=" not in name}
+
+
+LEVELS = {level: instruction_sets(level) for level in ("avx2", "avx512")} | {"default": set()}
 
 
 def machine_has(level: str) -> bool:
@@ -50,6 +59,13 @@ def test_kernels_at_level(level: str, module: str, pytestconfig: pytest.Config) 
     output = run(level, "-m", "pytest", *quiet, "-m", "level", f"--seed={seed}", str(HERE / module))
     passed = re.search(r"(\d+) passed", output)
     assert passed and int(passed[1]) > 50, output[-2000:]
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_every_instruction_set_of_a_level_is_asked_for(level: str) -> None:
+    source = (CORE / "cpu_level.cpp").read_text()
+    asked = re.findall(r'__builtin_cpu_supports\("(\w+)"\)|!supports_(\w+)\(\)', source)
+    assert LEVELS[level] <= {builtin or own for builtin, own in asked}
 
 
 def test_an_unknown_level_is_no_catastrophe() -> None:

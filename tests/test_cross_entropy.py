@@ -1581,6 +1581,32 @@ def test_operators_refuse_tensors_that_do_not_fit() -> None:
     for grad_output, wrong in ((torch.ones(4), stats), (torch.ones(()), stats[:-1])):
         with pytest.raises(RuntimeError, match="do not belong"):
             backward(grad_output, x, y, None, -100, 0.0, wrong)
+    for wrong in (stats.double(), stats[:, None].expand(-1, 2).contiguous()[:, 0]):
+        with pytest.raises(RuntimeError, match="stats must be contiguous and Float"):
+            backward(torch.ones(()), x, y, None, -100, 0.0, wrong)
+    with pytest.raises(RuntimeError, match="grad_output of dtype Long"):
+        backward(torch.ones((), dtype=torch.int64), x, y, None, -100, 0.0, stats)
+
+
+def test_operators_refuse_dtypes_and_dimensions_that_kernels_do_not_read() -> None:
+    forward = torch.ops.fusedstep.cross_entropy_forward
+    x, y = torch.randn(5, 7), torch.zeros(5, dtype=torch.int64)
+    rest = (1, -100, 0.0, 0.0, None)
+    wanted = (True, True, False)
+    with pytest.raises(RuntimeError, match="logits of dtype Long"):
+        forward(x.long(), y, None, *rest, F32, *wanted)
+    for dtype in (torch.float64, torch.float16, torch.int32):
+        with pytest.raises(RuntimeError, match="class probabilities of dtype"):
+            forward(x, x.to(dtype), None, *rest, F32, *wanted)
+    for dtype in (torch.float64, torch.int64):
+        with pytest.raises(RuntimeError, match="a loss of dtype"):
+            forward(x, y, None, *rest, dtype, *wanted)
+    with pytest.raises(RuntimeError, match="no reduction 3"):
+        forward(x, y, None, 3, *rest[1:], F32, *wanted)
+    with pytest.raises(RuntimeError, match="9 dimensions"):
+        forward(x.view(5, 7, *[1] * 7), y.view(5, *[1] * 7), None, *rest, F32, *wanted)
+    with pytest.raises(RuntimeError, match="0 dimensions"):
+        forward(x[0, 0], y[0], None, *rest, F32, *wanted)
 
 
 def large_gradient(seed: int) -> tuple[Tensor, Tensor]:

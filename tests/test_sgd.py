@@ -520,6 +520,81 @@ def test_parameters_that_share_memory(shared: str, device: str) -> None:
     assert_same(*optimizers)
 
 
+def _shared_buffer(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    for p in params:
+        state[p]["momentum_buffer"] = memory[1:]
+
+
+def _grad_of_another(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    params[1].grad = params[0].detach()
+
+
+def _grad_is_param(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    params[0].grad = params[0].detach()
+
+
+def _buffer_is_grad(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    state[params[0]]["momentum_buffer"] = params[0].grad
+
+
+def _buffer_is_param(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    state[params[0]]["momentum_buffer"] = params[0].detach()
+
+
+def _grad_before_param(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    params[0].data, params[0].grad = memory[1:], memory[:-1]
+
+
+def _buffer_before_grad(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    params[0].grad, state[params[0]]["momentum_buffer"] = memory[1:], memory[:-1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+@pytest.mark.parametrize(
+    "share",
+    [
+        _shared_buffer,
+        _grad_of_another,
+        _grad_is_param,
+        _buffer_is_grad,
+        _buffer_is_param,
+        _grad_before_param,
+        _buffer_before_grad,
+    ],
+)
+def test_gradients_and_buffers_that_share_memory(
+    share: Callable[[list[nn.Parameter], Any, Tensor], None],
+    weight_decay: float,
+    threads: int,
+    device: str,
+) -> None:
+    """As torch's operators do in their order, or refused as they refuse."""
+    torch.set_num_threads(threads)
+    size = 100_000
+    params, memory = parameters([size] * 3, device=device), torch.randn(size + 1, device=device)
+    grads = [torch.randn_like(p) for p in params]
+    options = MOMENTUM | {"weight_decay": weight_decay}
+    outcomes: list[list[Tensor] | str] = []
+    for make in (SGD, NativeSGD):
+        mine = clones(params)
+        optimizer = make(mine, **options)
+        for p, grad in zip(mine, grads, strict=True):
+            p.grad = grad.clone()
+        share(mine, optimizer.state, memory.clone())
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            outcomes.append(str(error))
+        else:
+            outcomes.append([p.detach() for p in mine])
+    ours, theirs = outcomes
+    if isinstance(theirs, list):
+        torch.testing.assert_close(ours, theirs)
+    else:
+        assert ours == theirs
+
+
 def test_parameters_that_do_not_train() -> None:
     frozen, unused, trained = params = parameters([33, 33, 33])
     frozen.requires_grad_(False)

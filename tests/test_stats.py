@@ -189,6 +189,10 @@ SGD_FALLBACKS: dict[str, Callable[[str], tuple[nn.Parameter, dict[str, Any]]]] =
     ),
     "a sparse gradient": lambda d: (sparse(d), {"lr": 0.1}),
     "a strided view as a parameter": lambda d: (strided(d), {"lr": 0.1}),
+    "a parameter, gradient or state in the memory of another": lambda d: (
+        its_own_gradient(d),
+        {"lr": 0.1},
+    ),
     "a tensor subclass": lambda d: (subclass(d), {"lr": 0.1}),
     "differentiable=True": lambda d: (parameter(d), {"lr": 0.1, "differentiable": True}),
 }
@@ -203,6 +207,12 @@ def sparse(device: str) -> nn.Parameter:
 def strided(device: str) -> nn.Parameter:
     p = nn.Parameter(torch.randn(20, device=device)[::2])
     p.grad = torch.randn(10, device=device)
+    return p
+
+
+def its_own_gradient(device: str) -> nn.Parameter:
+    p = parameter(device)
+    p.grad = p.detach()
     return p
 
 

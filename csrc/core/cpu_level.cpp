@@ -4,19 +4,34 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fusedstep {
 namespace {
 
+#if defined(__x86_64__)
+// Older compilers' __builtin_cpu_supports() does not know it. (Processors with AVX2 have it, but a
+// hypervisor may hide it.)
+bool supports_f16c() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
+// The highest level whose instructions (level_*.h) the processor has.
 CpuLevel supported_level() {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        return CpuLevel::avx512;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !supports_f16c()) {
+        return CpuLevel::baseline;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return CpuLevel::avx2;
-#endif
+    bool const avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx512 ? CpuLevel::avx512 : CpuLevel::avx2;
+#else
     return CpuLevel::baseline;
+#endif
 }
 
 CpuLevel decide_level() {

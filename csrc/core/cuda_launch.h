@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
 namespace fusedstep {
 
 // What launch choices depend on; filled in once per device by torch_glue/cuda.cpp.

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <limits>
 
 #include "core/cuda_math.cuh"
 #include "core/cuda_vector.cuh"

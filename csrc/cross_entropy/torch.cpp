@@ -242,6 +242,7 @@ struct KernelArgs {
     KernelArgs(const char* op, const Tensor& logits, const Tensor& target_,
                const OptionalTensor& weight_, std::int64_t ignore_index, double label_smoothing,
                const Tensor& grad) {
+        check(op, logits, target_, weight_);
         bool const probabilities = !is_class_index(target_);
         // Indices are one per row: copying them where they are not adjacent costs 1/C of a pass.
         target = probabilities ? target_ : target_.to(at::kLong).contiguous();
@@ -258,16 +259,8 @@ struct KernelArgs {
         }
         if (layout.dims == 0) layout.set(layout.dims++, 1, 0, 0, 0);
 
-        // The operators can be called without what cross_entropy() checks first.
         args.classes = logits.size(classes_at);
-        TORCH_CHECK(args.classes > 0, op, ": logits of shape ", logits.sizes(), " have no classes");
         args.rows = logits.numel() / args.classes;
-        TORCH_CHECK(probabilities ? target.sizes() == logits.sizes() : target.numel() == args.rows,
-                    op, ": target of shape ", target.sizes(), " does not fit logits of shape ",
-                    logits.sizes());
-        TORCH_CHECK(!weight.defined() || weight.numel() == args.classes, op,
-                    ": weight must have one value for each of ", args.classes,
-                    " classes, but has shape ", weight.sizes());
         args.row_dims = layout.dims;
         std::copy_n(layout.sizes, layout.dims, args.row_sizes);
         std::copy_n(layout.logits, layout.dims, args.logits_row_strides);
@@ -305,11 +298,16 @@ struct KernelArgs {
 
     Outputs make_outputs(const Tensor& logits, Reduction reduction, at::ScalarType loss_dtype,
                          bool with_stats, bool with_lse) {
+        at::ScalarType const type = accumulate_type(logits.scalar_type());
+        TORCH_CHECK(loss_dtype == logits.scalar_type() || loss_dtype == type,
+                    "cross_entropy_forward: a loss of dtype ", loss_dtype,
+                    " does not fit logits of dtype ", logits.scalar_type());
         bool const per_row = reduction == Reduction::none;
+        TORCH_CHECK(per_row || reduction == Reduction::mean || reduction == Reduction::sum,
+                    "cross_entropy_forward: there is no reduction ", static_cast<int>(reduction));
         c10::SymDimVector rows_shape;
         if (per_row || with_lse) rows_shape = index_shape(logits);
         at::IntArrayRef const shape = C10_AS_INTARRAYREF_SLOW(rows_shape);
-        at::ScalarType const type = accumulate_type(logits.scalar_type());
         Outputs out{empty_beside(logits, per_row ? shape : at::IntArrayRef(), loss_dtype),
                     with_stats ? empty_beside(logits, {kRowStats * args.rows + 1}, type)
                                : nothing(logits, type),
@@ -321,11 +319,49 @@ struct KernelArgs {
         return out;
     }
 
-    void check_backward(const Tensor& grad_output, const Tensor& stats) const {
+    void check_backward(const Tensor& grad_output, const Tensor& stats,
+                        const Tensor& logits) const {
         TORCH_CHECK(stats.numel() == kRowStats * args.rows + 1 &&
                         (grad_output.numel() == 1 || grad_output.numel() == args.rows),
                     "cross_entropy_backward: stats and grad_output do not belong to ", args.rows,
                     " rows");
+        at::ScalarType const type = accumulate_type(logits.scalar_type());
+        TORCH_CHECK(stats.scalar_type() == type && stats.is_contiguous() &&
+                        stats.device() == logits.device(),
+                    "cross_entropy_backward: stats must be contiguous and ", type, " on ",
+                    logits.device(), ", but are ", stats.scalar_type(), " with strides ",
+                    stats.strides(), " on ", stats.device());
+        TORCH_CHECK(
+            kernel_dtype(grad_output.scalar_type()) && grad_output.device() == logits.device(),
+            "cross_entropy_backward: grad_output of dtype ", grad_output.scalar_type(), " on ",
+            grad_output.device(), " does not fit logits on ", logits.device());
+    }
+
+private:
+    // The operators can be called without what cross_entropy() checks first.
+    static void check(const char* op, const Tensor& logits, const Tensor& target,
+                      const OptionalTensor& weight) {
+        at::ScalarType const type = logits.scalar_type();
+        TORCH_CHECK(kernel_dtype(type), op, ": the kernels do not compute logits of dtype ", type);
+        TORCH_CHECK(logits.dim() >= 1 && logits.dim() <= kMaxRowDims, op,
+                    ": the kernels do not walk logits of ", logits.dim(), " dimensions");
+        std::int64_t const classes = logits.size(class_dim(logits));
+        TORCH_CHECK(classes > 0, op, ": logits of shape ", logits.sizes(), " have no classes");
+        bool const probabilities = !is_class_index(target);
+        TORCH_CHECK(probabilities ? target.sizes() == logits.sizes()
+                                  : target.numel() == logits.numel() / classes,
+                    op, ": target of shape ", target.sizes(), " does not fit logits of shape ",
+                    logits.sizes());
+        TORCH_CHECK(!probabilities || target.scalar_type() == type ||
+                        target.scalar_type() == accumulate_type(type),
+                    op, ": class probabilities of dtype ", target.scalar_type(),
+                    " do not fit logits of dtype ", type);
+        TORCH_CHECK(!is_given(weight) || weight->numel() == classes, op,
+                    ": weight must have one value for each of ", classes,
+                    " classes, but has shape ", weight->sizes());
+        TORCH_CHECK(target.device() == logits.device() &&
+                        (!is_given(weight) || weight->device() == logits.device()),
+                    op, ": target and weight must be on ", logits.device());
     }
 };
 
@@ -413,7 +449,7 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
     if (args.target_kind != TargetKind::probability) {
         scan_targets_cpu(kBackward, args);
     }
-    kernel.check_backward(grad_output, stats);
+    kernel.check_backward(grad_output, stats, logits);
     Tensor const upstream = grad_output.to(accumulate_type(logits.scalar_type())).contiguous();
     args.grad_output = upstream.const_data_ptr();
     args.grad_output_stride = upstream.numel() == 1 ? 0 : 1;
@@ -490,7 +526,7 @@ void write_backward_cuda(const Tensor& grad_output, const Tensor& logits, const 
                          bool keep_if_one) {
     CudaGuard const guard(logits.device());
     KernelArgs kernel(kBackward, logits, target, weight, ignore_index, label_smoothing, grad);
-    kernel.check_backward(grad_output, stats);
+    kernel.check_backward(grad_output, stats, logits);
     // What was expanded from one value is read as one value.
     bool one = grad_output.numel() == 1;
     if (!one) {

@@ -32,8 +32,8 @@ struct Rounding {
 //
 // Everything is checked before anything is written: ValueError for a hyperparameter that is not
 // finite, RuntimeError for a gradient or a state that does not fit its parameter, or for new state
-// in the capture of a CUDA graph. Parameters that are covered and share memory are updated one
-// after the other, in their order.
+// in the capture of a CUDA graph. Parameters that are covered and share memory, or whose gradients
+// or states do, are updated one after the other, in their order.
 void step(const pybind11::list& param_groups, const pybind11::dict& state,
           const pybind11::object& grad_scale, const pybind11::object& found_inf,
           const Rounding& rounding, const pybind11::object& step_by_torch);

@@ -7,15 +7,14 @@
 #include <limits>
 #include <type_traits>
 
+#include "core/cuda_math.cuh"
+#include "core/cuda_pieces.cuh"
 #include "core/cuda_vector.cuh"
 #include "core/multi_tensor.h"
 #include "sgd/math.h"
 
 namespace fusedstep::sgd {
 namespace {
-
-__device__ __forceinline__ float mul_add(float x, float y, float z) { return fmaf(x, y, z); }
-__device__ __forceinline__ double mul_add(double x, double y, double z) { return fma(x, y, z); }
 
 template <class A>
 struct Update {
@@ -92,7 +91,8 @@ __device__ __forceinline__ void update_elements(const Update<acc_t<T>>& u, const
                               A new_buffer = to_acc(b.lane[lane]);
                               A const new_param = update<decltype(rule)>(
                                   to_acc(p.lane[lane]), to_acc(g.lane[lane]), new_buffer,
-                                  u.coefficients, [](A x, A y, A z) { return mul_add(x, y, z); });
+                                  u.coefficients,
+                                  [](A x, A y, A z) { return fused_multiply_add(x, y, z); });
                               p.lane[lane] = from_acc<T>(new_param);
                               b.lane[lane] = from_acc<T>(new_buffer);
                           }
@@ -178,7 +178,7 @@ __device__ __forceinline__ void update_precise_elements(const Update<float>& u,
                     float buffer = to_acc(b.lane[lane]);
                     float new_param = update<decltype(rule)>(
                         param, grad, buffer, u.coefficients,
-                        [](float x, float y, float z) { return mul_add(x, y, z); });
+                        [](float x, float y, float z) { return fused_multiply_add(x, y, z); });
                     if constexpr (Span::has_master) {
                         master.lane[lane] = new_param;
                     } else {
@@ -229,17 +229,11 @@ __device__ __forceinline__ T* global(void* array) {
     return static_cast<T*>(array);
 }
 
-__device__ __forceinline__ double load_number(const void* number, DType dtype) {
-    return dispatch(dtype, [number](auto tag) -> double {
-        return to_acc(*static_cast<const typename decltype(tag)::type*>(number));
-    });
-}
-
 // With what the kernel is told of a step, and what of it lies on the device.
 template <class A>
 __device__ __forceinline__ Update<A> read_update(const UpdateHeader& step, const Hyperparameters& h,
                                                  const Entry& entry) {
-    double const lr = h.device_lr ? load_number(h.device_lr, h.device_lr_dtype) : h.lr;
+    double const lr = h.device_lr ? load_scalar(h.device_lr, h.device_lr_dtype, 0) : h.lr;
     double const grad_scale = step.device_grad_scale ? *step.device_grad_scale : step.grad_scale;
     return {coefficients<A>(h, lr, [](A x) { return x; }), static_cast<A>(grad_scale),
             momentum_of(h, entry.first_step), h.nesterov, h.weight_decay != 0};

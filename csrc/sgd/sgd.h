@@ -26,7 +26,8 @@ struct Hyperparameters {
 
 // One parameter. Its gradient and its momentum buffer have its dtype (see EntryPrecision for the
 // exception) and its layout in memory, so that element i of one belongs to element i of the others.
-// No two entries overlap: chunks are updated in any order, or at the same time.
+// No array overlaps another, of this entry or of one that is updated at the same time: chunks are
+// taken in any order.
 struct Entry {
     Extent extent;
     void* param;

@@ -302,6 +302,22 @@ bool same_layout(const Tensor& a, const Tensor& b) {
     return true;
 }
 
+// The memory of an array; empty where there is none.
+struct Range {
+    std::uintptr_t begin = 0;
+    std::uintptr_t end = 0;
+
+    Range() = default;
+    Range(const void* data, std::size_t bytes)
+        : begin(reinterpret_cast<std::uintptr_t>(data)), end(begin + bytes) {}
+    // Of a tensor whose elements are adjacent.
+    explicit Range(const Tensor& tensor) : Range(tensor.const_data_ptr(), tensor.nbytes()) {}
+    explicit Range(const HeldTensor& tensor) : Range(tensor ? Range(*tensor) : Range()) {}
+
+    bool overlaps(const Range& other) const { return begin < other.end && other.begin < end; }
+    bool operator<(const Range& other) const { return begin < other.begin; }
+};
+
 // Raises where neither the kernels nor torch could update the parameter.
 void check_update(const Tensor& param, const Tensor& grad, const Hyperparameters& h) {
     TORCH_CHECK(at::is_expandable_to(grad.sizes(), param.sizes()), "a gradient of shape ",
@@ -336,12 +352,8 @@ void check_buffer(const Tensor& buffer, const Tensor& param, const Tensor& grad)
 
 // ---- Rounding of 16-bit parameters ----
 
-bool is_16_bit(const Tensor& param) {
-    return param.scalar_type() == at::kBFloat16 || param.scalar_type() == at::kHalf;
-}
-
 Precision precision_of(const Tensor& param, const Rounding& rounding) {
-    if (!is_16_bit(param)) return Precision::ordinary;
+    if (!is_narrow(param.scalar_type())) return Precision::ordinary;
     if (rounding.master_weights) return Precision::master_weights;
     if (!rounding.seed) return Precision::ordinary;
     if (param.scalar_type() != at::kBFloat16) {
@@ -487,7 +499,7 @@ private:
     // Borrowed; null where there is none.
     PyObject* state_of(PyObject* param);
     Share& share_on(c10::Device device);
-    // Whether parameters share memory that would not be updated in their order.
+    // Whether entries share memory and would not be updated in their order.
     static bool any_overlap(const Share& share);
     // Where any do, makes a share of each entry: shares are run one after the other.
     void separate_overlapping();
@@ -646,6 +658,29 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
         at::NoGradGuard const no_grad;
         grad = at::empty_like(param).copy_(grad);
     }
+    // Of a state beside master weights, which is copied where it is anything else.
+    auto const is_float_like_param = [&param](const HeldTensor& tensor) {
+        return tensor && tensor->scalar_type() == at::kFloat && is_writable(*tensor) &&
+               same_layout(param, *tensor);
+    };
+    void* const param_data = param.mutable_data_ptr();
+    void* const grad_data =
+        unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
+    auto const bytes = static_cast<std::size_t>(param.numel() * item_size(*dtype));
+    Range const of_param(param_data, bytes);
+    Range const of_grad(grad_data, bytes);
+    void* buffer_data = buffer && !has_master ? buffer->mutable_data_ptr() : nullptr;
+    Range of_buffer(buffer_data, buffer_data ? bytes : 0);
+    bool overlap = of_param.overlaps(of_grad);
+    if (has_master) {
+        if (is_float_like_param(buffer)) of_buffer = Range(*buffer);
+        Range const of_master = is_float_like_param(master) ? Range(*master) : Range();
+        overlap |= of_master.overlaps(of_param) || of_master.overlaps(of_grad) ||
+                   of_master.overlaps(of_buffer);
+    }
+    if (overlap || of_buffer.overlaps(of_param) || of_buffer.overlaps(of_grad)) {
+        return not_covered("a parameter, gradient or state in the memory of another");
+    }
     if (first_step) {
         refuse_capture(device, "momentum_buffer");
         py::object made = empty_state(
@@ -655,12 +690,9 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
         dampened_first_step_ |= h.dampening != 0;
     }
     if (has_master) {
-        // In float32 and laid out as the parameter: what the state holds, or a copy of it.
+        // What the state holds, or a copy of it.
         auto const keep = [&](PyObject* key, const char* name, HeldTensor& tensor) {
-            if (tensor && tensor->scalar_type() == at::kFloat && is_writable(*tensor) &&
-                same_layout(param, *tensor)) {
-                return;
-            }
+            if (is_float_like_param(tensor)) return;
             refuse_capture(device, name);
             py::object made = empty_state(param_object, at::kFloat);
             at::NoGradGuard const no_grad;
@@ -672,6 +704,7 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
         keep(keys().master_param, "master_param", master);
         if (buffer) keep(keys().momentum_buffer, "momentum_buffer", buffer);
     }
+    if (buffer && !buffer_data) buffer_data = buffer->mutable_data_ptr();
     std::uint64_t key = 0;
     if (is_stochastic) {
         std::uint64_t const part = distributed ? part_number(param_object) : 0;
@@ -681,9 +714,9 @@ Covered<> StepPlan::add_covered(const py::object& param_object, const Options& o
 
     Share& share = share_on(device);
     Entry const entry{{share.chunks, param.numel()},
-                      param.mutable_data_ptr(),
-                      unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr()),
-                      buffer ? buffer->mutable_data_ptr() : nullptr,
+                      param_data,
+                      grad_data,
+                      buffer_data,
                       static_cast<std::int32_t>(groups_.size() - 1),
                       *dtype,
                       first_step};
@@ -815,15 +848,15 @@ bool StepPlan::any_overlap(const Share& share) {
     bool const in_order =  // of entries, which one thread keeps
         !runs_on_cuda(share.device) && (share.chunks <= kGrain || at::get_num_threads() == 1);
     if (in_order || share.entries.size() < 2) return false;
-    using Range = std::pair<std::uintptr_t, std::uintptr_t>;
-    c10::SmallVector<Range, 64> ranges;
+    c10::SmallVector<Range, 256> ranges;
     for (const Tensors& of_entry : share.tensors) {
-        const Tensor& param = *of_entry.param;
-        auto const begin = reinterpret_cast<std::uintptr_t>(param.const_data_ptr());
-        if (param.numel() != 0) ranges.push_back({begin, begin + param.nbytes()});
+        for (const Range& range : {Range(of_entry.param), Range(of_entry.grad),
+                                   Range(of_entry.momentum_buffer), Range(of_entry.master_param)}) {
+            if (range.begin < range.end) ranges.push_back(range);
+        }
     }
-    if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
-    auto const overlap = [](const Range& a, const Range& b) { return b.first < a.second; };
+    std::stable_sort(ranges.begin(), ranges.end());  // merges runs: most arrays lie in order
+    auto const overlap = [](const Range& a, const Range& b) { return a.overlaps(b); };
     return std::adjacent_find(ranges.begin(), ranges.end(), overlap) != ranges.end();
 }
 

@@ -39,8 +39,6 @@ inline bool has_kernels(const at::Tensor& tensor) {
     return tensor.is_cpu() || tensor.is_meta();
 }
 
-inline bool is_narrow(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
-
 // The capture of a CUDA graph that what is done to this tensor becomes part of; 0 for none.
 inline std::uint64_t capture_around([[maybe_unused]] const at::Tensor& tensor) {
 #if defined(FUSEDSTEP_CUDA)

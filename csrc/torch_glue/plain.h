@@ -32,6 +32,9 @@ inline at::ScalarType accumulate_type(at::ScalarType type) {
     return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Stored in 16 bits.
+inline bool is_narrow(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
+
 // Carries its meaning outside its memory: vmap and functorch wrappers, pending conjugation or
 // negation, efficient zero tensors.
 inline bool is_wrapped(const at::Tensor& tensor) {

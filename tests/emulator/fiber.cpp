@@ -1,7 +1,5 @@
 #include "fiber.h"
 
-#include <cstdint>
-
 namespace emulator {
 
 #if defined(__x86_64__)

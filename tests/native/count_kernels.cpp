@@ -1,7 +1,4 @@
 // Each kernel once over inputs of the sizes that the benchmarks time, counted by callgrind.
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 
