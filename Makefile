@@ -36,6 +36,8 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 NATIVE := PYTHONPATH=tests $(BIN)/python -m native
 SOURCES := $(shell find csrc -type f ! -name '*.md') setup.py pyproject.toml
 
+# The caller's own, also when .venv's python3 comes first on PATH.
+override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 # The build finds ninja, and tests find tools, by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -45,7 +47,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder] [SECONDS=60]'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 build: $(BUILT)  ## build the extension into .venv, in place
 

@@ -386,6 +386,24 @@ def test_an_impossible_cuda_build_stops_with_one_sentence(
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_runs_the_callers_python_where_there_is_a_venv(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in (tmp_path / "callers", tmp_path / ".venv" / "bin"):
+        folder.mkdir(parents=True)
+        (folder / "python3").write_text(f"#!/bin/sh\necho ran {folder}\n")
+        (folder / "python3").chmod(0o755)
+    result = subprocess.run(
+        ["make", "gpu-check"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path / 'callers'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"ran {tmp_path / 'callers'}" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 def test_make_says_that_the_cuda_build_needs_nvcc(tmp_path: Path) -> None:
     # PYTHON=false: were nvcc not missed, nothing would be installed.
     command = [str(shutil.which("make")), "cuda-build", f"CUDA_VENV={tmp_path}", "PYTHON=false"]
