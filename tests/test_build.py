@@ -208,6 +208,16 @@ def test_a_build_without_a_compiler_stops_with_one_sentence(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_a_python_without_headers_stops_with_one_sentence(
+    setup: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = setup(None, None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        names["require_headers"]()
+    assert f"there is no {tmp_path / 'Python.h'}: install python3-dev" in sentence(stopped)
+
+
 # nvcc 13.0's own order.
 LIST_GPU_ARCH = "\n".join(
     f"compute_{n}" for n in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)
