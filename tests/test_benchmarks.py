@@ -1210,7 +1210,7 @@ def test_a_report_stands_alone_and_shows_losses_first(
     for part in (
         *("mse_loss, 9", "torch.compile", "0.50 (0.50 – 0.50)", "absent: it needs CUDA"),
         *("sgd: large: no memory", "sgd: larger", "&lt;&amp;&gt;", torch.__version__),
-        *("1 of 10", "80% of the machine", "20%", "there is no crossover", "no time"),
+        *("1 of 10", "80% of the floor", "20%", "there is no crossover", "no time"),
     ):
         assert part in html, part
     text = (tmp_path / "out" / "report.md").read_text()
