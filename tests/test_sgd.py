@@ -1364,10 +1364,18 @@ def refuses(
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "dampening"])
+@pytest.mark.parametrize(
+    "option, name",
+    [
+        ("lr", "learning rate"),
+        ("momentum", "momentum value"),
+        ("weight_decay", "weight_decay value"),
+        ("dampening", "dampening value"),
+    ],
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_option_that_became_not_finite_changes_nothing(
-    value: float, option: str, steps_before: int
+    value: float, option: str, name: str, steps_before: int
 ) -> None:
     params = parameters([100, 33])
     optimizer = SGD([{"params": params[:1]}, {"params": params[1:]}], **MOMENTUM)
@@ -1376,12 +1384,21 @@ def test_an_option_that_became_not_finite_changes_nothing(
         optimizer.step()
     set_random_grads(params)
     optimizer.param_groups[1][option] = value
-    refuses(optimizer, params, ValueError, r"nan|inf")
+    refuses(optimizer, params, ValueError, f"Invalid {name}: {value}")
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("planted", ["shape", "buffer shape", "more elements", "dtype", "overlap"])
-def test_a_step_that_fails_changes_nothing(planted: str, steps_before: int) -> None:
+@pytest.mark.parametrize(
+    "planted, complaint",
+    [
+        ("shape", r"gradient of shape \[7\] .* parameter of shape \[5\]"),
+        ("buffer shape", r"momentum_buffer of shape \[9\] .* gradient of shape \[7\]"),
+        ("more elements", r"gradient of shape \[7\] .* parameter of shape \[7, 3\]"),
+        ("dtype", "gradient of dtype ComplexFloat .* parameter of dtype Float"),
+        ("overlap", "more than one element of the written-to tensor"),
+    ],
+)
+def test_a_step_that_fails_changes_nothing(planted: str, complaint: str, steps_before: int) -> None:
     """What fits no parameter is planted behind torch's back, in the last of several."""
     params = parameters([100, 33, 7])
     optimizer = SGD(params, **MOMENTUM)
@@ -1399,7 +1416,7 @@ def test_a_step_that_fails_changes_nothing(planted: str, steps_before: int) -> N
     else:
         params[2].data = torch.zeros(5 if planted == "shape" else (7, 3))
         optimizer.state.pop(params[2], None)
-    refuses(optimizer, params, RuntimeError, r"\w")
+    refuses(optimizer, params, RuntimeError, complaint)
 
 
 def test_numbers_too_large_for_the_parameter_change_nothing() -> None:
@@ -1407,7 +1424,8 @@ def test_numbers_too_large_for_the_parameter_change_nothing() -> None:
     params = parameters([100, 33])
     optimizer = SGD([{"params": params[:1]}, {"params": params[1:], "lr": 1e300}], lr=0.1)
     set_random_grads(params)
-    refuses(optimizer, params, RuntimeError, "1e|overflow|large|float")
+    complaint = r"hyperparameter of magnitude 1e\+300 overflows a parameter of dtype Float"
+    refuses(optimizer, params, RuntimeError, complaint)
 
 
 def test_compiled_step() -> None:
