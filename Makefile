@@ -1,5 +1,6 @@
 # Each target is complete from a fresh clone: what it needs (.venv, the pinned packages, the built
-# extension) is made when it is missing or older than what it is made from.
+# extension) is made when it is missing or older than what it is made from. Only sdist, wheel and
+# gpu-check use what PYTHON has installed: torch and setuptools.
 
 PYTHON ?= python3
 ARGS ?=
@@ -87,7 +88,7 @@ docs: $(BUILT) $(DOCS_INSTALLED)  ## the pages and the API reference, as HTML, i
 	PYTHONPATH="pyext:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	    $(DOCS_BIN)/sphinx-build -W --keep-going -q docs build/docs
 
-sdist:  ## the source distribution, into dist
+sdist:  ## the source distribution, into dist (PYTHON needs torch and setuptools)
 	$(PYTHON) -c "import setuptools.build_meta as backend; backend.build_sdist('dist')"
 
 wheel:  ## a wheel for the torch that PYTHON has, into dist
