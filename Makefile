@@ -1,5 +1,6 @@
 # Each target is complete from a fresh clone: what it needs (.venv, the pinned packages, the built
-# extension) is made when it is missing or older than what it is made from.
+# extension) is made when it is missing or older than what it is made from. Only sdist, wheel and
+# gpu-check use what PYTHON has installed: torch and setuptools.
 
 PYTHON ?= python3
 ARGS ?=
@@ -36,6 +37,8 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o 
 NATIVE := PYTHONPATH=tests $(BIN)/python -m native
 SOURCES := $(shell find csrc -type f ! -name '*.md') setup.py pyproject.toml
 
+# The caller's own, also when .venv's python3 comes first on PATH.
+override PYTHON := $(or $(shell command -v $(PYTHON)),$(PYTHON))
 # The build finds ninja, and tests find tools, by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -45,7 +48,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:  ## list the targets
 	@echo 'make TARGET [ARGS="..."] [PYTHON=python3] [OUT=folder] [SECONDS=60]'
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 build: $(BUILT)  ## build the extension into .venv, in place
 
@@ -85,7 +88,7 @@ docs: $(BUILT) $(DOCS_INSTALLED)  ## the pages and the API reference, as HTML, i
 	PYTHONPATH="pyext:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
 	    $(DOCS_BIN)/sphinx-build -W --keep-going -q docs build/docs
 
-sdist:  ## the source distribution, into dist
+sdist:  ## the source distribution, into dist (PYTHON needs torch and setuptools)
 	$(PYTHON) -c "import setuptools.build_meta as backend; backend.build_sdist('dist')"
 
 wheel:  ## a wheel for the torch that PYTHON has, into dist

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -186,6 +187,16 @@ def require_compiler() -> None:
         )
 
 
+def require_headers() -> None:
+    """Stop where this Python has no C headers: distributions package them apart."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if not header.is_file():
+        sys.exit(
+            f"fusedstep needs the headers of Python and there is no {header}: install python3-dev "
+            "(Debian, Ubuntu) or python3-devel (Fedora)"
+        )
+
+
 class BuildFusedstep(BuildExtension):
     """Compiles the extension and records beside it what it was built for."""
 
@@ -198,6 +209,7 @@ class BuildFusedstep(BuildExtension):
 
     def run(self) -> None:
         require_compiler()
+        require_headers()
         if WITHOUT_CUDA:
             print(f"fusedstep: building without CUDA: {WITHOUT_CUDA}")
         else:

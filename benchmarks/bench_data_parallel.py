@@ -31,7 +31,13 @@ from bench_train_step import MOMENTA
 from suite import Row, Session
 
 PROCESSES = 2
-BATCH_SIZES = {"cifar": (4, 64), "lenet": (4,), "resnet18": (8,), "transformer": (1,)}
+BATCH_SIZES = {
+    "cifar": (4, 64),
+    "cifar-one-head": (4,),
+    "lenet": (4,),
+    "resnet18": (8,),
+    "transformer": (1,),
+}
 """Of each process, by network."""
 QUICK_MODELS = "cifar,lenet,resnet18"
 

@@ -28,7 +28,7 @@ from typer import Option
 import cli
 import driver
 import suite
-from bench_cross_entropy import DTYPES, FLOOR_ELEMENTS, require
+from bench_cross_entropy import DTYPES, FLOOR_ELEMENTS, require, round_trip
 from peers import compiled
 from suite import OURS, Calls, Session, Work
 from timing import Call, buffer_sets
@@ -68,15 +68,6 @@ class Operands:
 
         def call() -> None:
             f(x, t).backward()
-            x.grad = None
-
-        return call
-
-    def round_trip(self) -> Call:
-        x = self.x
-
-        def call() -> None:
-            x.sum().backward()
             x.grad = None
 
         return call
@@ -129,7 +120,7 @@ class Case(suite.Comparison):
             "native",
             {name: partial(calls, name, load) for name, load in loaders.items()},
             {
-                "round trip": [operands.round_trip() for operands in sets],
+                "round trip": [round_trip(operands.x) for operands in sets],
                 "add": [operands.add(ours) for operands in sets],
             },
             None if session.device == "cuda" else self.cpu_floor,

@@ -5,7 +5,9 @@ interleaved run with the floor: on CUDA as many bytes at the rate of a large cop
 `flat.add_(gradient)` that moves as many. An add_ moves three floats an element, as the plain update
 does; an update with momentum moves five, so its floor is an add_ of 5/3 as many floats: measured,
 not scaled, because a cache that holds three arrays may not hold five. Everyone updates the same
-parameters by the same gradients, with momentum buffers of their own.
+parameters by the same gradients, with momentum buffers of their own. The add_ has arrays of its
+own: a cache that keeps the parameters from one optimizer to the next makes it the slower one.
+
 Before that three steps of everyone's are compared with torch's for-loop in float64; who differs is
 not timed. On CUDA the operands rotate through more memory than the L2 cache holds.
 """

@@ -46,33 +46,31 @@ class Options:
             cli.require_writable(self.json)
 
     @property
-    def shapes(self) -> dict[str, list[int]]:
-        return {
-            size: cli.positive_integers("--sizes", size, separator="x")
-            for size in self.sizes.split(",")
-        }
+    def cases(self) -> list[bench_cross_entropy.Case]:
+        return [bench_cross_entropy.sized(size) for size in self.sizes.split(",")]
 
 
-def measured(size: str, shape: list[int], options: Options) -> Row:
+def measured(case: bench_cross_entropy.Case, options: Options) -> Row:
     torch.manual_seed(0)
-    batch, classes, *_ = shape
-    log_p = torch.randn(shape).log_softmax(1).requires_grad_(True)
-    y = torch.randint(classes, (batch,))
+    batch, classes, *positions = case.shape
+    log_p = torch.randn(case.shape).log_softmax(1).requires_grad_(True)
+    y = torch.randint(classes, (batch, *positions))
     ten = torch.randn(10, requires_grad=True)
 
     def native() -> None:
         F.nll_loss(log_p, y).backward()
         log_p.grad = None
 
+    trip = bench_cross_entropy.round_trip(ten)
+
     def floor() -> None:
-        ten.sum().backward()
-        ten.grad = None
+        trip()
         torch.zeros_like(log_p)
 
     samples = measure({NATIVE: native, FLOOR: floor}, "cpu", options.rounds).seconds
     return Row(
         "nll_loss",
-        size,
+        str(case),
         "float32",
         options.threads,
         NATIVE,
@@ -100,9 +98,10 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def main(options: Options) -> None:
+    cases = options.cases
     results = Results(report.environment("cpu"), {})
     torch.set_num_threads(options.threads)
-    results.rows.extend(measured(*size, options) for size in options.shapes.items())
+    results.rows.extend(measured(case, options) for case in cases)
     if options.json is not None:
         results.save(options.json)
     report.show(table(results.rows))

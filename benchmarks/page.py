@@ -29,10 +29,10 @@ METHOD = [
     "documented as faster it is a candidate of its own: SGD with foreach=True and fused=True, "
     "torch.compile (compiled for the exact shape, compilation not counted), F.linear_cross_entropy "
     "with its chunking. A row counts as lost if anyone of them is faster.",
-    "A floor is what no implementation of the same call can be faster than on this machine, as "
-    "far as a measurement can tell; the share of the floor is its time over fusedstep's, 100 % "
-    "being the limit. Where a share is more, noise, or where in memory the floor's own arrays lie, "
-    "made a larger difference than what is left. Bytes are counted, not measured: for "
+    "A floor is a simpler operation that moves as many bytes or takes the same way through "
+    "autograd; the share of the floor is its time over fusedstep's. A share above 100 % says that "
+    "the simpler operation took longer: by noise, or because its arrays are its own, while others "
+    "share theirs, which a large cache then holds. Bytes are counted, not measured: for "
     "cross-entropy one read and one write of the logits, for pointwise losses two reads and one "
     "write, for SGD three floats an element and five with momentum. Peak memory is what a call "
     "holds at once beyond its operands, the memory that fusedstep keeps from one gradient for the "
@@ -121,7 +121,7 @@ def lede(results: Results) -> str:
     return (
         "fusedstep replaces PyTorch's losses and SGD by fused kernels with the same classes and "
         f"numbers. Here fusedstep {where['fusedstep']} is compared with torch {where['torch']} and "
-        f"others on {device}: who is faster, by how much, and how far from the machine's limits. "
+        f"others on {device}: who is faster, by how much, and how far from a floor. "
         f"CPU rows are of one thread unless they name more.{missing}"
     )
 
@@ -135,7 +135,7 @@ def headlines(rows: Sequence[Row]) -> list[tuple[str, str]]:
             shares = [row.share.median for row in of_it if row.share]
             text = f"as fast as torch's default: {operation.title}"
             if shares:
-                text += f"; {statistics.median(shares):.0%} of the machine's limit"
+                text += f"; {statistics.median(shares):.0%} of the floor"
             found.append((f"{mean:.2f}×", text))
     lost = sum(bool(row.lost_to) for row in rows)
     return [*found, (f"{lost} of {len(rows)}", "rows in which anyone is faster than fusedstep")]
@@ -154,8 +154,8 @@ def slower(rows: Sequence[Row]) -> Section:
 
 GOALS = (
     "What was aimed at on one CPU thread, and what this run has. A goal for several rows is judged "
-    "by the worst of them. “At the floor” stands what one would have who takes exactly as long as "
-    "each row's floor in this run: a bound beyond that asks for more than the floor allows."
+    "by the worst of them. “At the floor” is the figure of an implementation that takes exactly as "
+    "long as each row's floor in this run: a bound beyond it asks for more than the floor allows."
 )
 
 

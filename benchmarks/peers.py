@@ -137,7 +137,7 @@ LINEAR_LOSSES = {
     "native": Other(lambda: linear_loss),
     "compile": Other(lambda: compiled(linear_loss), compiles=True),
     "F.linear_cross_entropy": Other(lambda: F.linear_cross_entropy),
-    "F.linear_cross_entropy, chunked": Other(chunked_linear_loss),
+    "F.linear_cross_entropy (chunked)": Other(chunked_linear_loss),
     "Liger": Other(liger_linear_loss, "liger-kernel", compiles=True),
     "Apple CCE": Other(cut_cross_entropy, "cut-cross-entropy", compiles=True),
 }

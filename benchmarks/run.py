@@ -66,7 +66,7 @@ class Options(cli.BenchmarkOptions):
     ] = None
     models: Annotated[str | None, Option(help="Trained networks.", show_default="a choice")] = None
     batch_sizes: Annotated[
-        str | None, Option(help="Of training steps.", show_default="by network")
+        str | None, Option(help="Of training steps of one process.", show_default="by network")
     ] = None
     against: Annotated[
         str | None, Option(help="Compared implementations.", show_default="all there are")
@@ -138,7 +138,8 @@ class Options(cli.BenchmarkOptions):
         if operation == "train_step":
             return of(bench_train_step.Options, models=self.models, batch_sizes=self.batch_sizes)
         if operation == "data_parallel":
-            return of(bench_data_parallel.Options) if self.device == "cpu" else []
+            models = {} if self.models is None else {"models": self.models}
+            return of(bench_data_parallel.Options, **models) if self.device == "cpu" else []
         axes = ["threads"] if operation == "threads" else bench_scaling.SIZE_AXES
         return of(bench_scaling.Options, axes=",".join(axes))
 

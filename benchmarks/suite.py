@@ -53,7 +53,7 @@ class Row:
     native: str
     """Which of the implementations is torch's default on the device."""
     floors: list[str]
-    """What no implementation can be faster than; the first is the highest here."""
+    """Simpler operations, as lower bounds for the time; the first is the highest here."""
     samples: dict[str, list[float]]
     """Seconds per call of each implementation and floor, one a round."""
     missing: dict[str, str] = field(default_factory=dict)

@@ -696,7 +696,7 @@ def test_the_floor_of_a_pointwise_loss_follows_the_size(size: int, floor: str) -
 @pytest.mark.usefixtures("short_blocks")
 def test_the_fused_heads_of_torch_are_compared(session: suite.Session) -> None:
     row = bench_linear_cross_entropy.Case(4, 3, 5).measured(session)
-    heads = {"F.linear_cross_entropy", "F.linear_cross_entropy, chunked"}
+    heads = {"F.linear_cross_entropy", "F.linear_cross_entropy (chunked)"}
     assert heads < set(row.others) and not row.missing
 
 
@@ -705,12 +705,15 @@ def test_nll_loss_is_held_against_its_floor(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "nll.json"
-    arguments = ["--sizes", "3x5,2x7", "--rounds", "3", "--json", str(path)]
+    arguments = ["--sizes", "3x5,2x7x4", "--rounds", "3", "--json", str(path)]
     cli.run(nll_loss.Options, nll_loss.main, arguments)
     assert "geometric mean" in capsys.readouterr().out
     rows = Results.load(path).rows
-    assert [row.case for row in rows] == ["3x5", "2x7"]
+    assert [row.case for row in rows] == ["3x5", "2x7x4"]
     assert all(set(row.samples) == {nll_loss.NATIVE, nll_loss.FLOOR} for row in rows)
+    with pytest.raises(SystemExit):
+        cli.run(nll_loss.Options, nll_loss.main, ["--sizes", "64"])
+    assert capsys.readouterr().err.startswith("error: --sizes takes sizes like 64x10")
 
 
 @pytest.mark.usefixtures("short_blocks")
@@ -1207,7 +1210,7 @@ def test_a_report_stands_alone_and_shows_losses_first(
     for part in (
         *("mse_loss, 9", "torch.compile", "0.50 (0.50 – 0.50)", "absent: it needs CUDA"),
         *("sgd: large: no memory", "sgd: larger", "&lt;&amp;&gt;", torch.__version__),
-        *("1 of 10", "80% of the machine", "20%", "there is no crossover", "no time"),
+        *("1 of 10", "80% of the floor", "20%", "there is no crossover", "no time"),
     ):
         assert part in html, part
     text = (tmp_path / "out" / "report.md").read_text()
@@ -1296,6 +1299,17 @@ def test_every_operation_has_cases() -> None:
     for quick in (True, False):
         for operation in run_all.OPERATIONS:
             assert run_all.Options(quick=quick, ops=operation).cases
+
+
+@pytest.mark.parametrize("operation", ["train_step", "data_parallel"])
+@pytest.mark.parametrize("model", bench_train_step.MODELS)
+def test_only_the_chosen_network_is_measured(operation: str, model: str) -> None:
+    cases = run_all.Options(ops=operation, models=model).cases
+    assert {case.model for case in cases} == {model}
+
+
+def test_each_implementation_can_be_named_in_a_list() -> None:
+    assert list(cli.items(",".join(peers.ALL), peers.ALL)) == list(peers.ALL)
 
 
 # Networks of the whole step

@@ -208,6 +208,16 @@ def test_a_build_without_a_compiler_stops_with_one_sentence(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
+def test_a_python_without_headers_stops_with_one_sentence(
+    setup: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = setup(None, None)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(SystemExit) as stopped:
+        names["require_headers"]()
+    assert f"there is no {tmp_path / 'Python.h'}: install python3-dev" in sentence(stopped)
+
+
 # nvcc 13.0's own order.
 LIST_GPU_ARCH = "\n".join(
     f"compute_{n}" for n in (75, 80, 86, 87, 88, 89, 90, 100, 110, 103, 120, 121)
@@ -383,6 +393,24 @@ def test_an_impossible_cuda_build_stops_with_one_sentence(
         setup(torch_cuda, nvcc)
     for part in parts:
         assert part in sentence(stopped)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_runs_the_callers_python_where_there_is_a_venv(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder in (tmp_path / "callers", tmp_path / ".venv" / "bin"):
+        folder.mkdir(parents=True)
+        (folder / "python3").write_text(f"#!/bin/sh\necho ran {folder}\n")
+        (folder / "python3").chmod(0o755)
+    result = subprocess.run(
+        ["make", "gpu-check"],
+        cwd=tmp_path,
+        env={"PATH": f"{tmp_path / 'callers'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"ran {tmp_path / 'callers'}" in result.stdout
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")

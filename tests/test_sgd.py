@@ -23,7 +23,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-import fusedstep
 import reference
 from fusedstep import SGD
 
@@ -213,11 +212,7 @@ def test_fifty_steps_of_every_combination(
             if before is not None:
                 old, old_buffer = before[0][i].detach(), before[1][i]
                 assert_one_step_is_rounded_once(old, p.grad, old_buffer, p, options)
-    if device == "cuda":
-        same_bits = dtype in (F32, F64)
-    else:
-        same_bits = dtype is F32 and fusedstep._C.cpu_capability() != "default"
-    if same_bits:
+    if dtype in (F32, F64):
         identical(params, twins)
     # Rounding errors of fifty steps walk at random. Torch's walks over all elements tell how far
     # they lead; by chance some go further, the less so the more elements a tensor has.
@@ -1439,10 +1434,18 @@ def refuses(
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "dampening"])
+@pytest.mark.parametrize(
+    "option, name",
+    [
+        ("lr", "learning rate"),
+        ("momentum", "momentum value"),
+        ("weight_decay", "weight_decay value"),
+        ("dampening", "dampening value"),
+    ],
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_option_that_became_not_finite_changes_nothing(
-    value: float, option: str, steps_before: int
+    value: float, option: str, name: str, steps_before: int
 ) -> None:
     params = parameters([100, 33])
     optimizer = SGD([{"params": params[:1]}, {"params": params[1:]}], **MOMENTUM)
@@ -1451,12 +1454,21 @@ def test_an_option_that_became_not_finite_changes_nothing(
         optimizer.step()
     set_random_grads(params)
     optimizer.param_groups[1][option] = value
-    refuses(optimizer, params, ValueError, r"nan|inf")
+    refuses(optimizer, params, ValueError, f"Invalid {name}: {value}")
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
-@pytest.mark.parametrize("planted", ["shape", "buffer shape", "more elements", "dtype", "overlap"])
-def test_a_step_that_fails_changes_nothing(planted: str, steps_before: int) -> None:
+@pytest.mark.parametrize(
+    "planted, complaint",
+    [
+        ("shape", r"gradient of shape \[7\] .* parameter of shape \[5\]"),
+        ("buffer shape", r"momentum_buffer of shape \[9\] .* gradient of shape \[7\]"),
+        ("more elements", r"gradient of shape \[7\] .* parameter of shape \[7, 3\]"),
+        ("dtype", "gradient of dtype ComplexFloat .* parameter of dtype Float"),
+        ("overlap", "more than one element of the written-to tensor"),
+    ],
+)
+def test_a_step_that_fails_changes_nothing(planted: str, complaint: str, steps_before: int) -> None:
     """What fits no parameter is planted behind torch's back, in the last of several."""
     params = parameters([100, 33, 7])
     optimizer = SGD(params, **MOMENTUM)
@@ -1474,7 +1486,7 @@ def test_a_step_that_fails_changes_nothing(planted: str, steps_before: int) -> N
     else:
         params[2].data = torch.zeros(5 if planted == "shape" else (7, 3))
         optimizer.state.pop(params[2], None)
-    refuses(optimizer, params, RuntimeError, r"\w")
+    refuses(optimizer, params, RuntimeError, complaint)
 
 
 def test_numbers_too_large_for_the_parameter_change_nothing() -> None:
@@ -1482,7 +1494,8 @@ def test_numbers_too_large_for_the_parameter_change_nothing() -> None:
     params = parameters([100, 33])
     optimizer = SGD([{"params": params[:1]}, {"params": params[1:], "lr": 1e300}], lr=0.1)
     set_random_grads(params)
-    refuses(optimizer, params, RuntimeError, "1e|overflow|large|float")
+    complaint = r"hyperparameter of magnitude 1e\+300 overflows a parameter of dtype Float"
+    refuses(optimizer, params, RuntimeError, complaint)
 
 
 def test_compiled_step() -> None:

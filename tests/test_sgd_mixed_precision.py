@@ -450,6 +450,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "differentiable": ({"master_weights": True, "differentiable": True}, "differentiable"),
     "negative seed": ({"stochastic_rounding": True, "seed": -1}, "seed"),
     "large seed": ({"stochastic_rounding": True, "seed": 2**64}, "seed"),
+    "fractional seed": ({"stochastic_rounding": True, "seed": 0.5}, "seed: 0.5, not an integer"),
+    "no seed": ({"seed": None}, "seed: None, not an integer"),
 }
 
 

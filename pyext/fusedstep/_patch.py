@@ -80,6 +80,8 @@ _REPLACEMENTS = [
     ),
 ]
 
+_TORCH_NAMES = {*functional.stand_ins, "step", "zero_grad"}  # public; the others are ours
+
 _lock = threading.Lock()  # over what follows
 _on = False  # patch() without unpatch()
 _blocks = 0  # patched() entered and not left
@@ -93,9 +95,7 @@ def replaced() -> tuple[str, ...]:
     return tuple(
         f"{owner_name}.{name}"
         for owner, owner_name, name, ours in _REPLACEMENTS
-        if owner_name.startswith("torch.")
-        and not name.startswith("_")
-        and vars(owner).get(name) is ours
+        if name in _TORCH_NAMES and vars(owner).get(name) is ours
     )
 
 

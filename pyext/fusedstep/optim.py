@@ -6,6 +6,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
@@ -276,8 +277,8 @@ class SGD(torch.optim.SGD):
             )
         if differentiable and in_backward:
             raise ValueError("in_backward does not go with differentiable=True")
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"Invalid seed: {seed}, not in [0, 2^64)")
+        if not (isinstance(seed, Integral) and 0 <= seed < 2**64):
+            raise ValueError(f"Invalid seed: {seed}, not an integer in [0, 2^64)")
         self._extend(master_weights, stochastic_rounding, seed, in_backward)
         super().__init__(
             params,
