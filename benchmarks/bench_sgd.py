@@ -1,12 +1,16 @@
 """The SGD update: fusedstep against torch's implementations, and against memory bandwidth.
 
 Measured is the whole `optimizer.step()`, called from Python, with the gradients in place, in one
-interleaved run with the floor: on CUDA as many bytes at the rate of a large copy, on the CPU one
-`flat.add_(gradient)` that moves as many. An add_ moves three floats an element, as the plain update
-does; an update with momentum moves five, so its floor is an add_ of 5/3 as many floats: measured,
-not scaled, because a cache that holds three arrays may not hold five. Everyone updates the same
-parameters by the same gradients, with momentum buffers of their own. The add_ has arrays of its
-own: a cache that keeps the parameters from one optimizer to the next makes it the slower one.
+interleaved run with the floor. Everyone updates the same parameters by the same gradients, with
+momentum buffers of their own.
+
+On CUDA the floor is as many bytes at the rate of a large copy. On the CPU it moves the same bytes
+of the same memory as an update, in at most two calls: the parameters lie side by side in one array,
+as do their gradients, and `add_` reads both arrays and writes the first; with momentum `neg_` reads
+and writes an array of the buffers' size, the floor's own as the buffers are each optimizer's own.
+What a cache keeps from one candidate to the next, it keeps for the floor too. `add_` adds 0 times
+the gradients, which leaves the parameters as they are; both take 16-bit numbers for pairs that make
+a float32, because bytes are their measure and torch converts 16-bit numbers slowly.
 
 Before that three steps of everyone's are compared with torch's for-loop in float64; who differs is
 not timed. On CUDA the operands rotate through more memory than the L2 cache holds.
@@ -17,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
@@ -42,6 +47,7 @@ Optimizer = Callable[..., SGD]
 LR = 0.1
 MOST_COMPILED = 20  # tensors: hundreds take minutes to compile
 MOST_CHECKED = 2**24  # floats of one set that is compared with the reference
+ALIGNMENT = 64  # bytes; torch's own allocator aligns as much on the CPU
 
 
 def shapes_of(model: nn.Module) -> Shapes:
@@ -80,18 +86,10 @@ SETS: dict[str, Callable[[], Shapes]] = {
 CPU_SETS = "cifar,lenet,resnet18,many,flat"
 
 
-@dataclass(frozen=True)
-class Mode:
-    settings: dict[str, Any]
-    floats_moved: int
-    """An element: the parameter read and written, the gradient read; with momentum its buffer too,
-    read and written."""
-
-
-MODES = {
-    "plain": Mode({}, 3),
-    "momentum": Mode({"momentum": 0.9}, 5),
-    "nesterov": Mode({"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}, 5),
+MODES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "momentum": {"momentum": 0.9},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
 }
 
 
@@ -118,8 +116,14 @@ class Case(suite.Comparison):
         return sum(math.prod(shape) for shape in self.shapes)
 
     @property
+    def state_bytes(self) -> int:
+        """What an optimizer keeps between steps: a momentum buffer for each parameter."""
+        return self.floats * self.torch_dtype.itemsize if MODES[self.mode] else 0
+
+    @property
     def bytes_moved(self) -> int:
-        return self.floats * MODES[self.mode].floats_moved * self.torch_dtype.itemsize
+        """Parameters are read and written, gradients read, and what is kept read and written."""
+        return 3 * self.floats * self.torch_dtype.itemsize + 2 * self.state_bytes
 
     @property
     def tolerance(self) -> float:
@@ -134,33 +138,64 @@ class Case(suite.Comparison):
         return OPTIMIZERS[name].load()
 
     def work(self, session: Session) -> Work:
-        mode, device, dtype = MODES[self.mode], session.device, self.torch_dtype
+        device, dtype = session.device, self.torch_dtype
         copies = buffer_sets(self.floats * dtype.itemsize, device)
         sets = [self.parameters(dtype, device) for _ in range(copies)]
+        floors = self.floors(session, sets)
 
-        def steps(name: str, make: Optimizer, places: int = copies) -> Calls:
+        def checked(name: str, make: Optimizer, places: int = copies) -> Calls:
             self.check(name, make, device)
-            return [make(parameters, lr=LR, **mode.settings).step for parameters in sets[:places]]
+            return self.steps(make, sets[:places])
 
         def others(name: str) -> Calls:
             if not OPTIMIZERS[name].compiles:
-                return steps(name, self.other(name))
+                return checked(name, self.other(name))
             if len(self.shapes) > MOST_COMPILED:
                 raise Unmeasured("not tried: hundreds of tensors take minutes to compile")
             session.require_time_to_compile()
-            return steps(name, self.other(name), 1)  # each optimizer would be compiled anew
-
-        def add() -> Calls:
-            flat = torch.randn(2, self.bytes_moved // (3 * torch.float32.itemsize))
-            return [partial(Tensor.add_, *flat)]
+            return checked(name, self.other(name), 1)  # each optimizer would be compiled anew
 
         return Work(
             DEFAULT_OPTIMIZER[device],
-            {OURS: partial(steps, OURS, self.ours(session.fusedstep))}
+            {OURS: partial(checked, OURS, self.ours(session.fusedstep))}
             | {name: partial(others, name) for name in OPTIMIZERS},
-            {LARGE_COPY: large_copy(device)} if device == "cuda" else {"add_": add()},
+            floors,
             bytes_moved=self.bytes_moved,
         )
+
+    def steps(self, make: Optimizer, sets: Sequence[Sequence[nn.Parameter]]) -> Calls:
+        return [make(parameters, lr=LR, **MODES[self.mode]).step for parameters in sets]
+
+    def floors(self, session: Session, sets: Sequence[Sequence[nn.Parameter]]) -> dict[str, Calls]:
+        """On the CPU, where there is one of `sets`, it comes to lie in the floor's arrays."""
+        if session.device == "cuda":
+            return {LARGE_COPY: large_copy(session.device)}
+        (parameters,) = sets
+        name, update = self.floor(*self.flattened(parameters))
+        if not self.state_bytes:
+            return {name: [update]}
+        state = torch.ones(self.state_bytes // torch.float32.itemsize)
+
+        def call() -> None:
+            update()
+            state.neg_()
+
+        return {f"{name}, neg_": [call]}
+
+    def floor(self, parameters: Tensor, gradients: Tensor) -> tuple[str, Call]:
+        """Moves what an update does of `parameters` and `gradients`, and changes neither."""
+        return "add_", partial(parameters.add_, gradients, alpha=0)
+
+    def flattened(self, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """Lays `parameters` side by side, and their gradients. Both arrays, of float32 where these
+        have 16 bits; the last bytes, as many as the padding has, are left out."""
+        wide = torch.float32 if self.torch_dtype.itemsize < 4 else self.torch_dtype
+        count = self.floats * self.torch_dtype.itemsize // wide.itemsize
+        values, flat_values = side_by_side([parameter.detach() for parameter in parameters])
+        gradients, flat_gradients = side_by_side([gradient_of(each) for each in parameters])
+        for parameter, value, gradient in zip(parameters, values, gradients, strict=True):
+            parameter.data, parameter.grad = value, gradient
+        return flat_values.view(wide)[:count], flat_gradients.view(wide)[:count]
 
     def parameters(self, dtype: torch.dtype, device: str) -> list[nn.Parameter]:
         """Random ones with random gradients, in any `dtype` the same values of the case's own."""
@@ -176,7 +211,7 @@ class Case(suite.Comparison):
 
     def optimizer(self, make: Optimizer, dtype: torch.dtype, device: str, **settings: Any) -> SGD:
         parameters = self.parameters(dtype, device)
-        return make(parameters, lr=LR, **MODES[self.mode].settings, **settings)
+        return make(parameters, lr=LR, **MODES[self.mode], **settings)
 
     def check(self, name: str, make: Optimizer, device: str) -> None:
         case, dtype = self.shrunk(), self.torch_dtype
@@ -228,6 +263,25 @@ class Case(suite.Comparison):
         graph.replay()
         eager.step()
         return all(map(torch.equal, *map(parameters_of, (captured, eager))))
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Copies of contiguous `tensors` of one dtype, aligned parts of one array of bytes, and that
+    array. Each has a storage of its own: implementations ask which tensors share one."""
+    starts = [0, *accumulate(-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in tensors)]
+    array = torch.empty(starts.pop(), dtype=torch.uint8)
+    parts = [
+        torch.frombuffer(array.numpy(), dtype=each.dtype, count=each.numel(), offset=start)
+        .view(each.shape)
+        .copy_(each)
+        for each, start in zip(tensors, starts, strict=True)
+    ]
+    return parts, array
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def parameters_of(optimizer: SGD) -> list[Tensor]:

@@ -11,7 +11,7 @@ its gradients, whose peak the option lowers.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
@@ -29,8 +29,8 @@ import driver
 import suite
 from bench_sgd import SETS, Optimizer
 from bench_train_step import MODELS
-from suite import OURS, Row, Session, Work
-from timing import buffer_sets
+from suite import OURS, Calls, Row, Session
+from timing import Call
 from training import Implementation, fused, native
 
 OPTIONS = ("master_weights", "stochastic_rounding", "in_backward")
@@ -64,10 +64,16 @@ class Rounding(bench_sgd.Case):
         return f"{super().__str__()}, {self.option}"
 
     @property
+    def state_bytes(self) -> int:
+        """Master weights and their momentum have 32 bits."""
+        return 8 * self.floats if self.option == "master_weights" else super().state_bytes
+
+    @property
     def bytes_moved(self) -> int:
-        """With master weights an element's gradient is read and its parameter written in 16 bits;
-        its master weight and momentum are read and written in 32."""
-        return 20 * self.floats if self.option == "master_weights" else super().bytes_moved
+        """With master weights gradients are read, parameters only written."""
+        if self.option != "master_weights":
+            return super().bytes_moved
+        return 2 * self.floats * self.torch_dtype.itemsize + 2 * self.state_bytes
 
     @property
     def tolerance(self) -> float:
@@ -82,16 +88,17 @@ class Rounding(bench_sgd.Case):
         make = super().other(name)
         return partial(on_float32_copies, make) if self.option == "master_weights" else make
 
-    def work(self, session: Session) -> Work:
-        work = super().work(session)
+    def floors(self, session: Session, sets: Sequence[Sequence[nn.Parameter]]) -> dict[str, Calls]:
+        floors = super().floors(session, sets)
+        if self.option == "stochastic_rounding":
+            floors[NEAREST] = self.steps(session.fusedstep.SGD, sets)
+        return floors
+
+    def floor(self, parameters: Tensor, gradients: Tensor) -> tuple[str, Call]:
+        """With master weights every step overwrites the parameters, and so does this."""
         if self.option == "master_weights":
-            return work
-        device, dtype = session.device, self.torch_dtype
-        nearest = [
-            self.optimizer(session.fusedstep.SGD, dtype, device).step
-            for _ in range(buffer_sets(self.floats * dtype.itemsize, device))
-        ]
-        return replace(work, floors={**work.floors, NEAREST: nearest})
+            return "copy_", partial(parameters.copy_, gradients)
+        return super().floor(parameters, gradients)
 
     def is_replayed(self, ours: Optimizer, device: str) -> bool | None:
         """None of stochastic rounding, which is refused in a CUDA graph."""

@@ -193,14 +193,14 @@ ON_CPU = [
         for mode, bound in (("plain", 2.5), ("momentum", 2.8))
     ),
     Goal(
-        "SGD of the CIFAR CNN, every update: fusedstep - add_ of as many bytes",
+        "SGD of the CIFAR CNN, every update: fusedstep - floor",
         partial(of_step, "cifar", "", microseconds_over_floor),
         10,
         at_most=True,
         unit=" µs",
     ),
     Goal(
-        "SGD of 13M floats, every update: share of add_'s bandwidth",
+        "SGD of 13M floats, every update: share of the floor",
         partial(of_step, "flat", "", lambda row: row.share.median if row.share else None),
         0.9,
     ),

@@ -68,7 +68,8 @@ OPERATIONS = {
         "A step of SGD",
         "One call is optimizer.step(), Python included, gradients in place. torch's default is its "
         "for-loop on the CPU and foreach on CUDA; fused is its fastest documented setting.",
-        "The floor is one flat add_ (on CUDA copy_) that moves as many bytes.",
+        "The floor moves the same bytes of the same memory: add_ on all parameters and gradients "
+        "as two flat arrays and, with momentum, neg_ on a third. On CUDA it is the rate of a copy.",
     ),
     "train_step": Operation(
         "Whole training steps",
@@ -89,8 +90,9 @@ OPERATIONS = {
         "One call is optimizer.step(). With master_weights the others do by hand what the option "
         "does: gradients are cast to float32, float32 copies of the parameters are updated and "
         "cast back. With stochastic_rounding they round bfloat16 parameters to nearest.",
-        "The floors are one flat add_ (on CUDA copy_) that moves as many bytes and, of stochastic "
-        "rounding, fusedstep's own step that rounds to nearest.",
+        "The floors move the same bytes of the same memory, by copy_ or add_ on flat arrays of "
+        "parameters and gradients and neg_ on one of what is kept; of stochastic rounding also "
+        "fusedstep's own step that rounds to nearest. On CUDA it is the rate of a copy.",
     ),
     "in_backward": Operation(
         "Training steps that update in backward",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bench_bandwidth
 import bench_cross_entropy
@@ -756,6 +757,78 @@ def test_a_parameter_set_has_its_size(name: str, tensors: int, floats: int) -> N
     shapes = list(bench_sgd.SETS[name]())
     assert len(shapes) == tensors
     assert sum(math.prod(shape) for shape in shapes) == floats
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes that in-place operations read and write, and notes where they lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.places: list[list[int]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), settings: Any = None
+    ) -> Any:
+        operands = [operand for operand in arguments if isinstance(operand, torch.Tensor)]
+        read = operands[1:] if function is torch.ops.aten.copy_.default else operands
+        self.bytes += sum(operand.nbytes for operand in [operands[0], *read])
+        self.places.append([operand.data_ptr() for operand in operands])
+        return function(*arguments, **(settings or {}))
+
+
+SGD_SHAPES = [(3, 5), (1000,), (), (2, 4)]  # 1,024 elements
+
+
+@pytest.mark.parametrize(
+    ("case", "moved", "name"),
+    [
+        *(
+            (bench_sgd.Case("", SGD_SHAPES, mode, dtype=dtype), moved, name)
+            for dtype in bench_cross_entropy.DTYPES
+            for mode, moved, name in (("plain", 3, "add_"), ("nesterov", 5, "add_, neg_"))
+        ),
+        *(
+            (
+                bench_sgd_options.Rounding("", SGD_SHAPES, "momentum", option, dtype="bfloat16"),
+                moved,
+                name,
+            )
+            for option, moved, name in (
+                ("stochastic_rounding", 5, "add_, neg_"),
+                ("master_weights", 10, "copy_, neg_"),
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_the_floor_of_sgd_moves_the_bytes_that_are_updated(
+    case: bench_sgd.Case, moved: int, name: str, session: suite.Session
+) -> None:
+    work = case.work(replace(session, device="cpu"))
+    (step,) = work.implementations[OURS]()
+    parameters = bench_sgd.parameters_of(step.__self__)
+    gradients = [parameter.grad for parameter in parameters]
+    before = [parameter.clone() for parameter in parameters]
+    with Traffic() as traffic:
+        (call,) = work.floors[name]
+        call()
+    assert traffic.bytes == case.bytes_moved == moved * 1024 * case.torch_dtype.itemsize
+    assert traffic.places[0] == [parameters[0].data_ptr(), gradients[0].data_ptr()]
+    if name != "copy_, neg_":
+        assert all(map(torch.equal, parameters, before))
+    expected = case.parameters(case.torch_dtype, "cpu")
+    for tensors, originals in (
+        (before, expected),
+        (gradients, [parameter.grad for parameter in expected]),
+    ):
+        assert all(map(torch.equal, tensors, originals))
+    for tensors in (parameters, gradients):
+        starts = [tensor.data_ptr() for tensor in tensors]
+        ends = [tensor.data_ptr() + tensor.nbytes for tensor in tensors]
+        assert all(0 <= start - end < 64 for start, end in zip(starts[1:], ends, strict=False))
+        assert all((start - starts[0]) % bench_sgd.ALIGNMENT == 0 for start in starts)
+        assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(SGD_SHAPES)
 
 
 def slightly_wrong_loss(
