@@ -31,12 +31,10 @@ METHOD = [
     "with its chunking. A row counts as lost if anyone of them is faster.",
     "A floor is a simpler operation that moves as many bytes or takes the same way through "
     "autograd; the share of the floor is its time over fusedstep's. A share above 100 % says that "
-    "the simpler operation took longer: by noise, or because its arrays are its own, while others "
-    "share theirs, which a large cache then holds. Bytes are counted, not measured: for "
-    "cross-entropy one read and one write of the logits, for pointwise losses two reads and one "
-    "write, for SGD three floats an element and five with momentum. Peak memory is what a call "
-    "holds at once beyond its operands, the memory that fusedstep keeps from one gradient for the "
-    "next included.",
+    "the simpler operation took longer. Bytes are counted, not measured: for cross-entropy one "
+    "read and one write of the logits, for pointwise losses two reads and one write, for SGD three "
+    "floats an element and five with momentum. Peak memory is what a call holds at once beyond its "
+    "operands, the memory that fusedstep keeps from one gradient for the next included.",
 ]
 
 
