@@ -101,7 +101,7 @@ class Model:
     stream: Callable[[int], Iterator[Batch]]
     """What it is trained on: batches of so many."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
-    quick_batch_sizes: tuple[int, ...] = (1, 4, 64)
+    quick_batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
     modes: tuple[str, ...] = tuple(MOMENTA)
     training_batch_size: int = 4
     training_lr: float = 0.005
@@ -141,7 +141,6 @@ MODELS = {
         quick_training_steps=30,
     ),
 }
-QUICK_MODELS = "cifar,lenet,resnet18,transformer"
 
 
 @dataclass(frozen=True)
@@ -332,8 +331,7 @@ class Options(cli.BenchmarkOptions):
 
     @property
     def cases(self) -> list[suite.Case]:
-        every = QUICK_MODELS if self.quick else ",".join(MODELS)
-        models = cli.items(self.models or every, MODELS)
+        models = cli.items(self.models or ",".join(MODELS), MODELS)
         modes = cli.items(self.modes, MOMENTA)
         cases: list[suite.Case] = []
         for name, model in models.items():
