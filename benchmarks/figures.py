@@ -7,7 +7,7 @@ colour-blind tell apart, and markers differ too.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 
 import matplotlib
@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+import report
 import tables
 from suite import OURS, Row
 
@@ -56,6 +57,7 @@ FLOOR_STYLE = (GREY, "|")
 COLUMNS = 3
 ROW_HEIGHT = 0.3
 FEW_TICKS = 5  # whose names fit under a panel
+LINE_OF_TEXT = 0.075  # of the height of a picture()'s panel
 FEW = 50  # so much between an axis's ends, and it has ticks between the powers of ten
 seconds = EngFormatter(unit="s", places=0)
 
@@ -67,12 +69,15 @@ class Plot:
     title: str
     description: str
     svg: str
+    data: str = ""
+    """What the image tells of itself in its metadata."""
 
 
-def plot(name: str, title: str, description: str, figure: Figure) -> Plot:
+def plot(name: str, title: str, description: str, figure: Figure, data: str = "") -> Plot:
     text = StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return Plot(name, title, description, text.getvalue())
+    about = {"Date": None, "Creator": None, "Description": data or None}
+    figure.savefig(text, format="svg", metadata=about)
+    return Plot(name, title, description, text.getvalue(), data)
 
 
 def style(name: str, names: Sequence[str]) -> tuple[str, str]:
@@ -157,34 +162,115 @@ def lines(name: str, title: str, plots: Mapping[str, Sequence[Row]]) -> Plot:
     names = list(dict.fromkeys(name for row in every for name in row.implementations))
 
     def draw(axes: Axes, rows: Sequence[Row]) -> None:
-        rows = sorted(rows, key=x_of)
-        curves: dict[str, list[tuple[float, float]]] = {}
-        for row in rows:
-            if row.floor:
-                curves.setdefault("floor", []).append((x_of(row), row.time(row.floor).median))
-            for other in sorted(row.implementations, key=lambda name: name == OURS):
-                curves.setdefault(other, []).append((x_of(row), row.time(other).median))
-        for other, points in curves.items():
-            colour, marker = (GREY, "") if other == "floor" else style(other, names)
-            axes.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                marker=marker,
-                markersize=4,
-                linestyle="--" if other == "floor" else "-",
-                linewidth=2 if other == OURS else 1.2,
-                label=tables.label(other),
-            )
-        axes.set(xscale="log", yscale="log")
-        if rows[0].point:
-            axes.set_xlabel(rows[0].point.axis)
-        for axis, format_tick in ((axes.xaxis, EngFormatter(sep="")), (axes.yaxis, seconds)):
-            low, high = axis.get_view_interval()
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < FEW * low else (1,)))
-            axis.set_major_formatter(format_tick)
-            axis.set_minor_formatter(NullFormatter())
+        draw_curves(axes, rows, names)
 
     return panels(name, title, plots, draw, "time of a call")
+
+
+def curves_of(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
+    """Size and median time, of everyone and of the floor; fusedstep's last, to be on top."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(rows, key=x_of):
+        if row.floor:
+            curves.setdefault("floor", []).append((x_of(row), row.time(row.floor).median))
+        for other in sorted(row.implementations, key=lambda name: name == OURS):
+            curves.setdefault(other, []).append((x_of(row), row.time(other).median))
+    return curves
+
+
+def draw_curves(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+    for other, points in curves_of(rows).items():
+        colour, marker = curve_style(other, names)
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linestyle="--" if other == "floor" else "-",
+            linewidth=2 if other == OURS else 1.2,
+            label=tables.label(other),
+        )
+    axes.set(xscale="log", yscale="log")
+    if rows[0].point:
+        axes.set_xlabel(rows[0].point.axis)
+    for axis, format_tick in ((axes.xaxis, EngFormatter(sep="")), (axes.yaxis, seconds)):
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < FEW * low else (1,)))
+        axis.set_major_formatter(format_tick)
+        axis.set_minor_formatter(NullFormatter())
+
+
+def curve_style(name: str, names: Sequence[str]) -> tuple[str, str]:
+    return (GREY, "") if name == "floor" else style(name, names)
+
+
+def picture(name: str, plots: Mapping[str, Sequence[Row]]) -> Plot:
+    """Time over size, log-log, of torch's default, SGD(fused=True), fusedstep and the floor.
+
+    It stands alone: curves bear their names, letters are drawn as shapes, the background is white,
+    and its metadata tell every point, as data_of() has them.
+    """
+    plots = {panel: [pictured(row) for row in rows] for panel, rows in plots.items()}
+    names = list(dict.fromkeys(name for rows in plots.values() for name in curves_of(rows)))
+    figure = Figure(figsize=(4.5 * len(plots), 3.2), layout="constrained")
+    grid = figure.subplots(1, len(plots), sharey=True, squeeze=False)[0]
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.sans-serif": ["DejaVu Sans"]}):
+        for axes, (panel, rows) in zip(grid, plots.items(), strict=True):
+            draw_curves(axes, rows, names)
+            axes.minorticks_off()
+            axes.set_title(panel, fontsize=9)
+            axes.grid(alpha=0.3)
+        for axes, rows in zip(grid, plots.values(), strict=True):
+            name_curves(axes, curves_of(rows), names)
+        grid[0].set_ylabel("time of a call")
+        labels = "; ".join(map(tables.label, names))
+        return plot(
+            name,
+            "Time over size",
+            f"Time of a call over size, on logarithmic axes, of {labels}. {'. '.join(plots)}.",
+            figure,
+            data_of(plots),
+        )
+
+
+def pictured(row: Row) -> Row:
+    wanted = {row.native, "fused", OURS, *row.floors}
+    samples = {name: seconds for name, seconds in row.samples.items() if name in wanted}
+    return replace(row, samples=samples)
+
+
+def name_curves(
+    axes: Axes, curves: Mapping[str, Sequence[tuple[float, float]]], names: Sequence[str]
+) -> None:
+    """Beside the curves' ends, from the highest down, each at least a line of text lower."""
+    low, high = axes.get_ylim()
+    line = (high / low) ** LINE_OF_TEXT
+    most = high
+    for name, points in sorted(curves.items(), key=lambda curve: -curve[1][-1][1]):
+        x, y = points[-1]
+        axes.annotate(
+            tables.label(name),
+            (x, min(y, most)),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=curve_style(name, names)[0],
+            fontsize=9,
+            fontweight="bold" if name == OURS else "normal",
+            va="center",
+            annotation_clip=False,
+        )
+        most = min(y, most) / line
+
+
+def data_of(plots: Mapping[str, Sequence[Row]]) -> str:
+    """Every point of the curves, in words."""
+    curves = (
+        f"{panel}, {tables.label(name)}: "
+        + ", ".join(f"{report.seconds(y)} at {x:,g}" for x, y in points)
+        for panel, rows in plots.items()
+        for name, points in curves_of(rows).items()
+    )
+    return "; ".join(curves)
 
 
 def bandwidth(plots: Mapping[str, Sequence[Row]]) -> Plot:

@@ -1,7 +1,7 @@
 """The measured parts of README.md and NOTES.md: from committed results, between two comments.
 
 <!-- measured: PART from FILE --> begins a part, <!-- end --> ends it. FILE is a file of results, or
-the budget of instructions.
+the budget of instructions. A part may show a plot, an SVG file beside its results.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import cli
+import figures
 import goals
 import nll_loss
 import page
 import report
 import tables
+from figures import Plot
 from report import Table
 from results import Results
 from suite import OURS, Row
@@ -37,10 +39,49 @@ SHOWN: Mapping[str, Callable[[Row], bool]] = {
     "data_parallel": lambda row: True,
 }
 
+PLOTS: Mapping[str, Sequence[str]] = {
+    "cross_entropy_plot": (
+        "cross-entropy of N × 10 logits",
+        "cross-entropy of N × 1000 logits",
+    ),
+    "sgd_plot": ("SGD with momentum, tensors of 1,000 floats", "SGD without momentum, one tensor"),
+}
+"""By their part: the plots of scaling that a picture shows."""
+
 
 def rewrite() -> None:
     for path in PAGES:
-        path.write_text(rendered(path.read_text()))
+        text = path.read_text()
+        path.write_text(rendered(text))
+        for file, plot in pictures(text).items():
+            file.write_text(plot.svg)
+
+
+def pictures(text: str) -> dict[Path, Plot]:
+    """The files of the plots that `text` shows, and what belongs there."""
+    found = {}
+    for _, name, path, _ in PART.findall(text):
+        if name in PLOTS and (plot := picture(name, Results.load(ROOT / path))):
+            found[ROOT / file_of(name, path)] = plot
+    return found
+
+
+def file_of(name: str, path: str) -> Path:
+    return Path(path).with_name(f"{name}.svg")
+
+
+def picture(name: str, results: Results) -> Plot | None:
+    plots = page.by_plot(results.compared)
+    chosen = {plot: plots[plot] for plot in PLOTS[name] if plot in plots}
+    return figures.picture(name, chosen) if chosen else None
+
+
+def picture_part(name: str) -> Callable[[Results, str], str]:
+    def write(results: Results, path: str) -> str:
+        plot = picture(name, results)
+        return nothing(path) if plot is None else f"![{plot.description}]({file_of(name, path)})\n"
+
+    return write
 
 
 def rendered(text: str) -> str:
@@ -186,6 +227,7 @@ PARTS: Mapping[str, Callable[[str], str]] = {
             "overview": overview,
             "slower": slower,
             **{operation: part(operation) for operation in SHOWN},
+            **{name: picture_part(name) for name in PLOTS},
             "goals": goals_of,
             "floors": floors,
             "page_faults": page_faults,

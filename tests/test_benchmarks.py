@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -1460,7 +1461,31 @@ def test_pages_have_the_figures_of_committed_results() -> None:
         text = path.read_text()
         found |= set(re.findall(r"<!-- measured: (\w+) from", text))
         assert readme.rendered(text) == text, f"`make readme` rewrites {path.name}"
+        for file, plot in readme.pictures(text).items():
+            assert unescape(file.read_text()).count(plot.data) == 1, "`make readme` redraws it"
     assert found == set(readme.PARTS)
+
+
+def test_a_picture_bears_all_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = made_up()
+    results.save(tmp_path / "results.json")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "PAGES", [tmp_path / "page.md"])
+    monkeypatch.setitem(readme.PLOTS, "sgd_plot", ["a plot", "no such plot"])
+    mark = "<!-- measured: {} from results.json -->\n<!-- end -->"
+    marks = [mark.format(name) for name in ("cross_entropy_plot", "sgd_plot")]
+    (tmp_path / "page.md").write_text("\n\n".join(marks))
+    readme.rewrite()
+    text = (tmp_path / "page.md").read_text()
+    assert "Not measured in results.json" in text and "a plot.](sgd_plot.svg)" in text
+    drawn = (tmp_path / "sgd_plot.svg").read_text()
+    assert not (tmp_path / "cross_entropy_plot.svg").exists()
+    points = [row for row in results.rows if row.point and row.point.plot == "a plot"]
+    assert len(points) == 3
+    for row in points:
+        assert f"{report.seconds(row.time(OURS).median)} at {row.point.x:g}" in drawn
+    (plot,) = readme.pictures(text).values()
+    assert plot.svg == drawn and plot.data in drawn
 
 
 def test_a_part_of_the_readme_is_written_between_its_marks(
