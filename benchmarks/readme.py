@@ -118,7 +118,7 @@ def slower(results: Results, path: str) -> str:
     rows = (
         f"{len(found.rows)} of the comparisons in {path} are lost, within the noise or beyond it:"
     )
-    return f"{rows}\n\n{page.markdown(found)}"
+    return f"{rows}\n\n{page.markdown(found)}\n{found.note}\n"
 
 
 def nothing(path: str) -> str:

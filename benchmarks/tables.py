@@ -254,8 +254,9 @@ def losses_table(rows: Iterable[Row]) -> Table:
         "Where fusedstep is slower",
         columns,
         lost,
-        "A ratio is the median of those within each round, which may differ from that of the "
-        "medians. Beyond the noise: its upper quartile, too, is below 1."
+        "A ratio is the median of the ratios within each round. It may differ from the ratio of "
+        "the two times, which are medians of their own. Beyond the noise: even its upper quartile "
+        "is below 1."
         if lost
         else "Nowhere.",
     )

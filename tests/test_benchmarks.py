@@ -1500,6 +1500,7 @@ def test_a_part_of_the_readme_is_written_between_its_marks(
     text = readme.rendered("\n\n".join(["before", *parts, "after"]))
     assert text.startswith("before") and text.endswith("after") and "old figures" not in text
     assert "| 64x10 | 2.0" in text and "python benchmarks/run.py <&>" in text
+    assert tables.losses_table(made_up().compared).note in text
     assert readme.rendered(text) == text
     with pytest.raises(cli.Refusal, match="no part 'speed'"):
         readme.rendered("<!-- measured: speed from results.json -->\n<!-- end -->")
