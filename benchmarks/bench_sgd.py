@@ -47,6 +47,7 @@ Optimizer = Callable[..., SGD]
 LR = 0.1
 MOST_COMPILED = 20  # tensors: hundreds take minutes to compile
 MOST_CHECKED = 2**24  # floats of one set that is compared with the reference
+SECONDS_PER_FLOAT = 1e-7  # a guess, see Case.seconds
 ALIGNMENT = 64  # bytes; torch's own allocator aligns as much on the CPU
 
 
@@ -129,6 +130,10 @@ class Case(suite.Comparison):
     def tolerance(self) -> float:
         """Of the norm of a 16-bit parameter that is rounded by every step."""
         return 1.5 * torch.finfo(self.torch_dtype).eps
+
+    @property
+    def expected_seconds(self) -> float:
+        return super().expected_seconds + SECONDS_PER_FLOAT * self.floats
 
     def ours(self, fusedstep: ModuleType) -> Optimizer:
         optimizer: Optimizer = fusedstep.SGD

@@ -43,6 +43,7 @@ WHOLE_TOLERANCE = 1e-6  # of all movements: some gradients are zero but for roun
 MOMENTA = {"plain": 0.0, "momentum": 0.9}
 SPLIT_STEPS = 15
 SPLIT_SECONDS = 2.0
+STEPS = 75  # a guess: so many take as long as a case of a quick run, its check included
 NETWORK_ALONE = "network alone"
 
 Batch = tuple[Tensor, Tensor]
@@ -100,6 +101,8 @@ class Model:
     """So many random examples."""
     stream: Callable[[int], Iterator[Batch]]
     """What it is trained on: batches of so many."""
+    example_seconds: float
+    """A guess at what a step takes of one core, divided by its batch size."""
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
     quick_batch_sizes: tuple[int, ...] = (1, 4, 16, 64, 256)
     modes: tuple[str, ...] = tuple(MOMENTA)
@@ -115,6 +118,7 @@ MODELS = {
             network.build,
             partial(images, network.channels, 32, 10),
             partial(digits, network.channels, 32),
+            example_seconds=1e-4 if name == "lenet" else 8e-4,
         )
         for name, network in NETWORKS.items()
     },
@@ -123,6 +127,7 @@ MODELS = {
         resnet18,
         partial(images, 3, 64, 1000),
         partial(digits, 3, 64),
+        example_seconds=0.012,
         quick_batch_sizes=(1, 16),
         modes=("momentum",),
         training_batch_size=8,
@@ -134,6 +139,7 @@ MODELS = {
         Transformer,
         sequences,
         text,
+        example_seconds=0.042,
         batch_sizes=(1, 4, 16),  # a step of 64 sequences takes a CPU core many seconds
         quick_batch_sizes=(1, 4),
         modes=("momentum",),
@@ -146,7 +152,7 @@ MODELS = {
 @dataclass(frozen=True)
 class Case(suite.Comparison):
     operation: ClassVar = "train_step"
-    seconds: ClassVar = 8.0
+    seconds: ClassVar = 1.5
     implementations: ClassVar = IMPLEMENTATIONS
     model: str
     batch_size: int
@@ -154,6 +160,10 @@ class Case(suite.Comparison):
 
     def __str__(self) -> str:
         return f"{MODELS[self.model].title}, batch {self.batch_size}, {self.mode}"
+
+    @property
+    def expected_seconds(self) -> float:
+        return self.seconds + STEPS * self.batch_size * MODELS[self.model].example_seconds
 
     def start(self, device: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
         """The same weights and batch at every call."""
@@ -274,13 +284,18 @@ class Training(suite.Case):
     """A short training run, native and fusedstep from the same start on the same batches."""
 
     operation: ClassVar = "training"
-    seconds: ClassVar = 15.0
+    seconds: ClassVar = 1.0
     model: str
     steps: int
 
     def __str__(self) -> str:
         model = MODELS[self.model]
         return f"{model.title}, batch {model.training_batch_size}, {self.steps} steps"
+
+    @property
+    def expected_seconds(self) -> float:
+        model = MODELS[self.model]
+        return self.seconds + 2 * self.steps * model.training_batch_size * model.example_seconds
 
     def measured(self, session: Session) -> Row:
         torch.manual_seed(0)

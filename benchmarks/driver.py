@@ -115,7 +115,7 @@ def _run(
     """What is launched on CUDA is counted last: the profiler may slow what follows it."""
     begin = time.monotonic()
     timed_until, until = ends
-    whole = sum(case.seconds for case in cases)
+    whole = sum(case.expected_seconds for case in cases)
     expected = 0.0
     measured: list[tuple[Case, int]] = []
     for index, case in enumerate(cases):
@@ -133,7 +133,7 @@ def _run(
             results.rows.append(outcome)
         else:
             results.failures[_name(case)] = outcome
-        expected += case.seconds
+        expected += case.expected_seconds
         save()
     if session.device == "cuda":
         for case, place in measured:

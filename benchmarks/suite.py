@@ -28,6 +28,7 @@ OURS = "fusedstep"
 COMPILE = "compile"
 
 LARGE_COPY = "copy bandwidth"  # a floor: as many bytes as the case moves, at the rate of ...
+POINT_SECONDS = 1.5  # a guess, as Case.seconds is one: on plots nothing is compiled
 COPY_BYTES = 2**30  # ... a copy of so many, which no cache holds
 
 Calls = Sequence[Call]
@@ -152,13 +153,18 @@ class Work:
 class Case(ABC):
     operation: ClassVar[str]
     seconds: ClassVar[float]
-    """A guess at what the case takes in a quick run, for the estimate of the time left."""
+    """A guess at what such a case takes in a quick run on one core."""
     dtype: str = "float32"
     threads: int = 1
     point: Point | None = None
 
     @abstractmethod
     def __str__(self) -> str: ...
+
+    @property
+    def expected_seconds(self) -> float:
+        """A guess at what this one takes, for the estimate of the time left."""
+        return self.seconds
 
     @abstractmethod
     def measured(self, session: Session) -> Row: ...
@@ -171,6 +177,10 @@ class Case(ABC):
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Case):
     """A case that times implementations against each other and against floors."""
+
+    @property
+    def expected_seconds(self) -> float:
+        return POINT_SECONDS if self.point else self.seconds
 
     @abstractmethod
     def work(self, session: Session) -> Work: ...
