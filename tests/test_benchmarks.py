@@ -1369,6 +1369,36 @@ def test_page_faults_are_those_of_the_call() -> None:
     assert many is not None and many > few
 
 
+def test_the_estimate_of_the_time_left_knows_sizes() -> None:
+    def sgd(floats: int, **more: Any) -> bench_sgd.Case:
+        return bench_sgd.Case("", [(floats,)], "plain", **more)
+
+    point = suite.Point("a plot", "parameters", 1)
+    for less, more in (
+        (sgd(1000, point=point), sgd(1000)),
+        (sgd(1000), sgd(10**8)),
+        *(
+            (kind("cifar", 4, last), kind("cifar", 64, last))
+            for kind, last in (
+                (bench_train_step.Case, "plain"),
+                (bench_data_parallel.Case, "momentum"),
+            )
+        ),
+        (bench_train_step.Case("lenet", 4, "plain"), bench_train_step.Case("cifar", 4, "plain")),
+        (bench_train_step.Training("cifar", 1), bench_train_step.Training("cifar", 2)),
+    ):
+        assert 0 < less.expected_seconds < more.expected_seconds
+
+
+def test_a_quick_run_has_time_for_everything() -> None:
+    options = run_all.Options(quick=True)
+    expected = sum(case.expected_seconds for case in options.cases)
+    assert expected < run_all.BEGINNING * options.seconds
+    sizes = {(case.model, case.batch_size) for case in options.cases if hasattr(case, "batch_size")}
+    assert {(name, size) for name in NETWORKS for size in (1, 4, 16, 64, 256)} < sizes
+    assert {"resnet18", "transformer"} < {name for name, _ in sizes}
+
+
 def test_every_operation_has_cases() -> None:
     for quick in (True, False):
         for operation in run_all.OPERATIONS:
