@@ -144,7 +144,6 @@ MODELS = {
         sequences,
         text,
         guess=(0.04, 0.04),
-        batch_sizes=(1, 4, 16),  # a step of 64 sequences takes a CPU core many seconds
         quick_batch_sizes=(1, 4),
         modes=("momentum",),
         training_lr=0.3,
