@@ -105,6 +105,13 @@ def test_make_help_names_every_target_of_the_pages() -> None:
         assert set(named) <= targets, file
 
 
+def test_wheels_are_built_for_every_torch_of_the_page() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    tried = set(re.findall(r"^\| 3\.[^|]+\| (\d+\.\d+\.\d+)\+", page, re.MULTILINE))
+    assert len(tried) > 4 and tried == set(re.findall(r'"(2\.\d+\.\d+)"', workflow))
+
+
 @pytest.mark.parametrize(
     "options",
     [
