@@ -53,6 +53,12 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
             assert f"{module}.{name}" in SINGLE_NAMES
 
 
+def test_every_name_of_the_reference_is_public() -> None:
+    for name in SINGLE_NAMES:
+        module, _, own = name.rpartition(".")
+        assert module in PUBLIC and own in importlib.import_module(module).__all__, name
+
+
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_has_a_docstring_of_its_own(module: str) -> None:
     assert importlib.import_module(module).__doc__
