@@ -630,22 +630,30 @@ def test_offsets_beyond_32_bits(class_step: int) -> None:
 
 
 def check_like_torch(
-    logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    loss: Loss = LOSSES["cross_entropy"],
+    **options: Any,
 ) -> None:
     """NaN, infinities and zeros where torch has them, and the same finite values within rounding.
-    Overflow on the way to a finite result is torch's in float32, not in float64: both will do."""
+    Overflow on the way to a finite result is torch's in float32, not in float64: both will do. Of a
+    loss that torch lacks the reference will do, too: on the way there torch's operators multiply
+    infinity by zero."""
     rows = native.cross_entropy(logits, target, reduction="none")
     shape = rows.shape if options.get("reduction") == "none" else ()
-    inputs = Inputs(logits, target, weight, torch.full(shape, 1.5), options)
-    ours = inputs.loss_and_grad(F.cross_entropy)
-    peers = [peer.loss_and_grad(native.cross_entropy) for peer in (inputs, inputs.to(F64))]
+    inputs = Inputs(logits, target, weight, torch.full(shape, 1.5), options, loss)
+    ours = inputs.loss_and_grad(loss.ours)
+    peers = [peer.loss_and_grad(loss.native) for peer in (inputs, inputs.to(F64))]
+    if loss is not LOSSES["cross_entropy"]:
+        exact = inputs.expected()
+        peers.append((exact.loss, exact.grad))
     eps = 16 * torch.finfo(logits.dtype).eps
     for actual, *expected in zip(ours, *peers, strict=True):
-        close = [
-            actual.isclose(peer.to(logits.dtype), rtol=eps, atol=eps, equal_nan=True)
-            for peer in expected
-        ]
-        assert (close[0] | close[1]).all(), (actual, expected, options)
+        right = torch.zeros_like(actual, dtype=torch.bool)
+        for value in expected:
+            right |= actual.isclose(value.to(logits.dtype), rtol=eps, atol=eps, equal_nan=True)
+        assert right.all(), (actual, expected, options)
 
 
 EXTREMES = {
@@ -1186,6 +1194,55 @@ def loss_and_lse(inputs: Inputs, ours: bool, logits: Tensor) -> tuple[Tensor, Te
     if not inputs.target.is_floating_point():
         lse = torch.where(inputs.target == inputs.options["ignore_index"], 0.0, lse)
     return inputs.call(torch_z_loss, logits), lse
+
+
+def check_both_results(inputs: Inputs, lse_grad: Tensor, label: Any) -> None:
+    """As check_inputs, for the log-sum-exp and the gradient through it and the loss together."""
+    dtype = inputs.logits.dtype
+    class_dim = min(inputs.logits.dim() - 1, 1)
+    tensors = [t for t in (inputs.logits, inputs.target, inputs.weight) if t is not None]
+    before = [whole_storage(t).clone() for t in (*tensors, lse_grad)]
+
+    def lse_and_grad(these: Inputs, ours: bool) -> tuple[Tensor, Tensor]:
+        logits = these.logits.detach().requires_grad_()
+        loss, lse = loss_and_lse(these, ours, logits)
+        outgoing = (these.grad_output.to(loss.dtype), lse_grad.to(lse.dtype))
+        (grad,) = torch.autograd.grad((loss, lse), logits, outgoing)
+        return lse.detach(), grad
+
+    ours = lse_and_grad(inputs, True)
+    for tensor, bytes_before in zip((*tensors, lse_grad), before, strict=True):
+        assert torch.equal(whole_storage(tensor), bytes_before), f"{label}: an input was modified"
+    assert [t.dtype for t in ours] == [COMPUTE[dtype], dtype], label
+    is_byte = inputs.target.dtype == torch.uint8
+    peer = replace(inputs, target=inputs.target.long()) if is_byte else inputs
+    peers = [lse_and_grad(peer.to(d), False) for d in {dtype, COMPUTE[dtype]}]
+
+    x = inputs.logits.detach().double()
+    shifted = x - x.amax(class_dim, keepdim=True)
+    log_sum = shifted.exp().sum(class_dim).log()
+    counts = torch.ones_like(log_sum)
+    if not inputs.target.is_floating_point():
+        counts[inputs.target == inputs.options["ignore_index"]] = 0.0
+    through = (counts * lse_grad).unsqueeze(class_dim) * shifted.softmax(class_dim)
+    loss_alone = inputs.expected()
+    expected = (counts * (x.amax(class_dim) + log_sum), loss_alone.grad + through)
+    scales = (
+        x.abs().amax(class_dim) + log_sum + 1,
+        loss_alone.grad_scale + through.abs() * (1 + shifted.abs()),
+    )
+    # Each of the two gradients is rounded to the dtype, and their sum.
+    roundings = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
+    largest = max(
+        (t.abs().max().item() for t in (inputs.grad_output, lse_grad) if t.numel()), default=0.0
+    )
+    for name, result, truth, scale, theirs in zip(
+        ("log-sum-exp", "gradient"), ours, expected, scales, zip(*peers, strict=True), strict=True
+    ):
+        limit = min(error(t, truth, scale, dtype, largest) for t in theirs)
+        limit += slack(dtype) + (roundings if name == "gradient" else 0.0)
+        actual = error(result, truth, scale, dtype, largest)
+        assert actual <= limit, f"{label}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
 
 
 @pytest.mark.parametrize("target", ["long", "probabilities"])
