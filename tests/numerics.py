@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -156,6 +158,41 @@ class Logged(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.seen.append(func)
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class FunctionsSeen(TorchFunctionMode):
+    """Notes which public functions are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class OperatorsSeen(TorchDispatchMode):
+    """Notes which operators reach the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its history; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def widened(value: Any) -> Any:
+    """A tensor of floats without its history, in float64; anything else as it is."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().double() if is_float else value
 
 
 REDUCTION_CODE = {"none": 0, "mean": 1, "sum": 2}

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as native
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +38,10 @@ from numerics import (
     REDUCTION_CODE,
     REDUCTIONS,
     TRANSFORMS,
+    FunctionsSeen,
     Logged,
+    OperatorsSeen,
+    detached,
     error,
     identical,
     pairwise,
@@ -48,6 +50,7 @@ from numerics import (
     poisoned_outputs,  # noqa: F401
     slack,
     whole_storage,
+    widened,
 )
 
 
@@ -1792,40 +1795,20 @@ def test_parameters_and_buffers_are_ordinary_tensors() -> None:
 
 
 def test_torch_function_mode_sees_the_call() -> None:
-    seen = []
-
-    class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
     inputs = draw(Case(), "cpu")
     expected = inputs.call(native.cross_entropy)
-    with Mode():
+    with FunctionsSeen() as mode:
         loss = inputs.call(F.cross_entropy)
     torch.testing.assert_close(loss, expected)
-    assert [function.__name__ for function in seen] == ["cross_entropy"]
+    assert [function.__name__ for function in mode.seen] == ["cross_entropy"]
 
 
 def test_torch_dispatch_mode_sees_operators_both_ways() -> None:
-    class Mode(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     for case in GRADED[:4]:
         inputs = draw(case, "cpu")
         expected = inputs.loss_and_grad(inputs.loss.ours)
         logits = inputs.logits.detach().requires_grad_()
-        with Mode() as mode:
+        with OperatorsSeen() as mode:
             loss = inputs.call(inputs.loss.ours, logits)
             assert mode.seen, "the forward pass is invisible"
             mode.seen.clear()
@@ -1968,14 +1951,6 @@ def test_graph_node_is_readable() -> None:
 
 def check_sample(*args: Any, **kwargs: Any) -> None:
     """Our loss and gradient against torch's on the same numbers in float64."""
-
-    def detached(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) else value
-
-    def widened(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.detach().double() if is_float else value
-
     results = []
     for function, cast in ((F.cross_entropy, detached), (native.cross_entropy, widened)):
         logits, *others = tree_map(cast, args)
