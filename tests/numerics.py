@@ -93,6 +93,31 @@ def error(
     return excess.max().item() if excess.numel() else 0.0
 
 
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Infinite where the dtype cannot hold the value."""
+    stored = values.to(dtype)
+    return torch.where(stored.isinf(), stored.to(values.dtype), values)
+
+
+def assert_accurate(
+    name: str,
+    ours: Tensor,
+    peers: Sequence[Tensor],
+    truth: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    factor: float = 1.0,
+    more_slack: float = 0.0,
+) -> None:
+    """Ours is wrong by no more than the best of torch's, and the slack."""
+    truth = saturated(truth, dtype)
+    best = min(error(saturated(p, dtype), truth, scale, dtype, factor) for p in peers)
+    limit = best + slack(dtype) + more_slack
+    actual = error(ours, truth, scale, dtype, factor)
+    assert actual <= limit, f"{name} is wrong by {actual:.3g}, torch by {limit:.3g}"
+
+
 def pairwise(axes: Mapping[str, Sequence[Any]], seed: int) -> list[dict[str, Any]]:
     """Rows in which every value of every axis meets every value of every other axis."""
 

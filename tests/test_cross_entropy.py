@@ -41,6 +41,7 @@ from numerics import (
     FunctionsSeen,
     Logged,
     OperatorsSeen,
+    assert_accurate,
     detached,
     error,
     identical,
@@ -334,6 +335,16 @@ def check(case: Case, device: str) -> None:
     check_inputs(draw(case, device), case)
 
 
+def above(inputs: Inputs) -> float:
+    """What a probability is multiplied by at most in the gradient, so that one that vanishes may
+    make a difference as many times as large."""
+    grads, z_loss = inputs.grad_output.double().abs(), inputs.options.get("z_loss", 0.0)
+    lse = inputs.logits.double().logsumexp(min(inputs.logits.dim() - 1, 1)).abs()
+    weight = torch.ones(1) if inputs.weight is None else inputs.weight.abs()
+    grad, from_lse, most = (t.max().item() if t.numel() else 0.0 for t in (grads, lse, weight))
+    return grad * max(most, 1.0) * (1 + 2 * z_loss * from_lse)
+
+
 def check_inputs(inputs: Inputs, label: Any) -> None:
     """No less accurate than torch on the same input; inputs untouched; torch's dtypes, shapes and
     strides. Torch is asked twice for 16-bit types: as it is, and in float32 on the same numbers,
@@ -355,16 +366,13 @@ def check_inputs(inputs: Inputs, label: Any) -> None:
     assert (grad.dtype, grad.shape) == (dtype, inputs.logits.shape), label
     assert grad.stride() == torch.empty_like(inputs.logits).stride(), label
 
-    for name, ours, theirs, truth, scale in (
-        ("loss", loss, [p[0] for p in peers], expected.loss, expected.loss_scale),
-        ("gradient", grad, [p[1] for p in peers], expected.grad, expected.grad_scale),
-    ):
-        # A probability that vanishes is multiplied by what comes from above.
-        above = inputs.grad_output if name == "gradient" else None
-        factor = 1.0 if above is None or not above.numel() else above.abs().max().item()
-        limit = min(error(t, truth, scale, dtype, factor) for t in theirs) + slack(dtype)
-        actual = error(ours, truth, scale, dtype, factor)
-        assert actual <= limit, f"{label}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
+    losses, grads = zip(*peers, strict=True)
+    assert_accurate(f"{label}: loss", loss, losses, expected.loss, expected.loss_scale, dtype)
+    assert_accurate(
+        f"{label}: gradient",
+        *(grad, grads, expected.grad, expected.grad_scale, dtype),
+        factor=above(inputs),
+    )
 
 
 # ------------------------------------------------------------------ the reference itself
@@ -1220,6 +1228,7 @@ def check_both_results(inputs: Inputs, lse_grad: Tensor, label: Any) -> None:
     is_byte = inputs.target.dtype == torch.uint8
     peer = replace(inputs, target=inputs.target.long()) if is_byte else inputs
     peers = [lse_and_grad(peer.to(d), False) for d in {dtype, COMPUTE[dtype]}]
+    lses, grads = zip(*peers, strict=True)
 
     x = inputs.logits.detach().double()
     shifted = x - x.amax(class_dim, keepdim=True)
@@ -1229,23 +1238,19 @@ def check_both_results(inputs: Inputs, lse_grad: Tensor, label: Any) -> None:
         counts[inputs.target == inputs.options["ignore_index"]] = 0.0
     through = (counts * lse_grad).unsqueeze(class_dim) * shifted.softmax(class_dim)
     loss_alone = inputs.expected()
-    expected = (counts * (x.amax(class_dim) + log_sum), loss_alone.grad + through)
-    scales = (
-        x.abs().amax(class_dim) + log_sum + 1,
-        loss_alone.grad_scale + through.abs() * (1 + shifted.abs()),
+    lse = counts * (x.amax(class_dim) + log_sum)
+    lse_scale = x.abs().amax(class_dim) + log_sum + 1
+    # Torch's operators, which give this gradient, take exp(x - lse) of the rounded lse.
+    through_scale = through.abs() * (shifted.abs() + lse_scale.unsqueeze(class_dim))
+    assert_accurate(f"{label}: log-sum-exp", ours[0], lses, lse, lse_scale, COMPUTE[dtype])
+    from_lse = lse_grad.abs().max().item() if lse_grad.numel() else 0.0
+    assert_accurate(
+        f"{label}: gradient",
+        *(ours[1], grads, loss_alone.grad + through, loss_alone.grad_scale + through_scale, dtype),
+        factor=max(above(inputs), 1.0) + max(from_lse, 1.0),
+        # Each of the two gradients is rounded to the dtype, and their sum.
+        more_slack=torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0,
     )
-    # Each of the two gradients is rounded to the dtype, and their sum.
-    roundings = torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0
-    largest = max(
-        (t.abs().max().item() for t in (inputs.grad_output, lse_grad) if t.numel()), default=0.0
-    )
-    for name, result, truth, scale, theirs in zip(
-        ("log-sum-exp", "gradient"), ours, expected, scales, zip(*peers, strict=True), strict=True
-    ):
-        limit = min(error(t, truth, scale, dtype, largest) for t in theirs)
-        limit += slack(dtype) + (roundings if name == "gradient" else 0.0)
-        actual = error(result, truth, scale, dtype, largest)
-        assert actual <= limit, f"{label}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
 
 
 @pytest.mark.parametrize("target", ["long", "probabilities"])

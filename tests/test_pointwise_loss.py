@@ -41,14 +41,13 @@ from numerics import (  # the fixture by name: pytest finds it in this module
     FunctionsSeen,
     Logged,
     OperatorsSeen,
+    assert_accurate,
     detached,
-    error,
     identical,
     pairwise,
     peak_memory,
     place,
     poisoned_outputs,  # noqa: F401
-    slack,
     whole_storage,
     widened,
 )
@@ -346,27 +345,6 @@ def draw(case: Case, device: str) -> Inputs:
 
 
 # ------------------------------------------------------------------ the comparison
-
-
-def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Infinite where the dtype cannot hold the value."""
-    stored = values.to(dtype)
-    return torch.where(stored.isinf(), stored.to(values.dtype), values)
-
-
-def assert_accurate(
-    name: str,
-    ours: Tensor,
-    peers: list[Tensor],
-    truth: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype,
-) -> None:
-    """Ours is wrong by no more than the best of torch's, and the slack."""
-    truth = saturated(truth, dtype)
-    limit = min(error(saturated(p, dtype), truth, scale, dtype) for p in peers) + slack(dtype)
-    actual = error(ours, truth, scale, dtype)
-    assert actual <= limit, f"{name} is wrong by {actual:.3g}, torch by {limit:.3g}"
 
 
 def check_inputs(inputs: Inputs, label: Any) -> None:
