@@ -28,6 +28,7 @@ import cli
 import driver
 import suite
 from bench_train_step import MOMENTA
+from process_group import process_group
 from suite import Row, Session
 
 PROCESSES = 2
@@ -81,14 +82,13 @@ def _serve(
     """What one process does; the first writes the row into `folder`."""
     torch.set_num_threads(case.threads)
     meeting = (folder / "meeting").as_uri()
-    dist.init_process_group("gloo", meeting, rank=rank, world_size=PROCESSES)
     fusedstep = cli.require_fusedstep()
     session = Session(fusedstep, "cpu", rounds, implementations, seconds, agreed=_of_the_slowest)
-    # Without the share of loss and update: measured apart, they would leave out the all-reduce.
-    row = suite.Comparison.measured(case, session)
+    with process_group("gloo", meeting, rank=rank, world_size=PROCESSES):
+        # Without the share of loss and update: measured apart, they would leave out the all-reduce.
+        row = suite.Comparison.measured(case, session)
     if rank == 0:
         (folder / "row").write_bytes(pickle.dumps(row))
-    dist.destroy_process_group()
 
 
 def _of_the_slowest(seconds: float) -> float:

@@ -13,8 +13,7 @@ apart with every step, as they do between any two kernels.
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -29,6 +28,7 @@ import cli
 import report
 import train_cnn
 from data import Images
+from process_group import process_group
 from training import Epoch, Options, train
 
 FLOAT64_TOLERANCE = 1e-10
@@ -53,17 +53,6 @@ class Config(Options):
         local, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if self.device == "cuda" and local > cards:
             raise cli.Refusal(f"--device cuda: {local} processes, but {cards} GPUs")
-
-
-@contextmanager
-def process_group(device: str) -> Iterator[None]:
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def over_all_processes(epoch: Epoch, device: str) -> Epoch:
@@ -96,28 +85,35 @@ def check_weights(models: Mapping[str, nn.Module], dtype: str) -> list[str]:
 
 
 def main(config: Config) -> None:
-    with process_group(config.device):
-        first = dist.get_rank() == 0
-        samplers: list[DistributedSampler[Any]] = []
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    with process_group("nccl" if config.device == "cuda" else "gloo"):
+        run(config)
 
-        def sampler(images: Images) -> DistributedSampler[Any]:
-            samplers.append(DistributedSampler(images, seed=config.seed))
-            return samplers[-1]
 
-        def on_epoch(epoch: Epoch) -> None:
-            samplers[-1].set_epoch(epoch.number)
-            summed = over_all_processes(epoch, config.device)
-            if first:
-                print_row(summed)
+def run(config: Config) -> None:
+    """What one process does in the group; the first prints."""
+    first = dist.get_rank() == 0
+    samplers: list[DistributedSampler[Any]] = []
 
+    def sampler(images: Images) -> DistributedSampler[Any]:
+        samplers.append(DistributedSampler(images, seed=config.seed))
+        return samplers[-1]
+
+    def on_epoch(epoch: Epoch) -> None:
+        samplers[-1].set_epoch(epoch.number)
+        summed = over_all_processes(epoch, config.device)
         if first:
-            report.say(f"{train_cnn.title(config)}, processes: {dist.get_world_size()}")
-            print_row = report.stream(train_cnn.columns(config))
-        result = train(config, on_epoch=on_epoch, wrap=DistributedDataParallel, sampler=sampler)
-        lines = check_weights(result.models, config.dtype)
-        if first:
-            for line in [*train_cnn.summary(result), *lines]:
-                report.say(line)
+            print_row(summed)
+
+    if first:
+        report.say(f"{train_cnn.title(config)}, processes: {dist.get_world_size()}")
+        print_row = report.stream(train_cnn.columns(config))
+    result = train(config, on_epoch=on_epoch, wrap=DistributedDataParallel, sampler=sampler)
+    lines = check_weights(result.models, config.dtype)
+    if first:
+        for line in [*train_cnn.summary(result), *lines]:
+            report.say(line)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 DTYPES = (F32, F64, BF16, F16)
@@ -91,6 +93,31 @@ def error(
     return excess.max().item() if excess.numel() else 0.0
 
 
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Infinite where the dtype cannot hold the value."""
+    stored = values.to(dtype)
+    return torch.where(stored.isinf(), stored.to(values.dtype), values)
+
+
+def assert_accurate(
+    name: str,
+    ours: Tensor,
+    peers: Sequence[Tensor],
+    truth: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    factor: float = 1.0,
+    more_slack: float = 0.0,
+) -> None:
+    """Ours is wrong by no more than the best of torch's, and the slack."""
+    truth = saturated(truth, dtype)
+    best = min(error(saturated(p, dtype), truth, scale, dtype, factor) for p in peers)
+    limit = best + slack(dtype) + more_slack
+    actual = error(ours, truth, scale, dtype, factor)
+    assert actual <= limit, f"{name} is wrong by {actual:.3g}, torch by {limit:.3g}"
+
+
 def pairwise(axes: Mapping[str, Sequence[Any]], seed: int) -> list[dict[str, Any]]:
     """Rows in which every value of every axis meets every value of every other axis."""
 
@@ -156,6 +183,41 @@ class Logged(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.seen.append(func)
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class FunctionsSeen(TorchFunctionMode):
+    """Notes which public functions are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class OperatorsSeen(TorchDispatchMode):
+    """Notes which operators reach the kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its history; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def widened(value: Any) -> Any:
+    """A tensor of floats without its history, in float64; anything else as it is."""
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.detach().double() if is_float else value
 
 
 REDUCTION_CODE = {"none": 0, "mean": 1, "sum": 2}

@@ -8,6 +8,7 @@ fails the test and takes the processes with it; the next one gets new ones.
 from __future__ import annotations
 
 import datetime
+import gc
 import multiprocessing
 import os
 import sys
@@ -113,6 +114,7 @@ def _serve(rank: int, pipe: Connection, device_type: str) -> None:
                 check(device, *args)
                 dist.barrier()
             finally:
+                gc.collect()  # a network in DDP that is freed after its group may wait forever
                 dist.destroy_process_group()
             pipe.send(None)
         except BaseException:

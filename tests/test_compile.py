@@ -29,7 +29,7 @@ from torch.utils.checkpoint import (
 
 import fusedstep
 import fusedstep.functional as F
-from numerics import BF16, F16, F32, F64, REDUCTIONS, TRANSFORMS, identical
+from numerics import BF16, F16, F32, F64, REDUCTIONS, TRANSFORMS, OperatorsSeen, identical
 
 CLASSES = 7
 Make = Callable[[Tensor], Tensor]
@@ -574,19 +574,9 @@ def test_a_second_backward_and_a_freed_graph(device: str) -> None:
 
 def calls_of(operator: Any, work: Callable[[], Any]) -> int:
     """How often work calls an operator."""
-
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.count += func is operator
-            return func(*args, **(kwargs or {}))
-
-    with Mode() as mode:
+    with OperatorsSeen() as mode:
         work()
-    return mode.count
+    return mode.seen.count(operator)
 
 
 FORWARD = {

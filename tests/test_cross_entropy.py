@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as native
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +38,11 @@ from numerics import (
     REDUCTION_CODE,
     REDUCTIONS,
     TRANSFORMS,
+    FunctionsSeen,
     Logged,
+    OperatorsSeen,
+    assert_accurate,
+    detached,
     error,
     identical,
     pairwise,
@@ -48,6 +51,7 @@ from numerics import (
     poisoned_outputs,  # noqa: F401
     slack,
     whole_storage,
+    widened,
 )
 
 
@@ -331,6 +335,16 @@ def check(case: Case, device: str) -> None:
     check_inputs(draw(case, device), case)
 
 
+def above(inputs: Inputs) -> float:
+    """What a probability is multiplied by at most in the gradient, so that one that vanishes may
+    make a difference as many times as large."""
+    grads, z_loss = inputs.grad_output.double().abs(), inputs.options.get("z_loss", 0.0)
+    lse = inputs.logits.double().logsumexp(min(inputs.logits.dim() - 1, 1)).abs()
+    weight = torch.ones(1) if inputs.weight is None else inputs.weight.abs()
+    grad, from_lse, most = (t.max().item() if t.numel() else 0.0 for t in (grads, lse, weight))
+    return grad * max(most, 1.0) * (1 + 2 * z_loss * from_lse)
+
+
 def check_inputs(inputs: Inputs, label: Any) -> None:
     """No less accurate than torch on the same input; inputs untouched; torch's dtypes, shapes and
     strides. Torch is asked twice for 16-bit types: as it is, and in float32 on the same numbers,
@@ -352,16 +366,13 @@ def check_inputs(inputs: Inputs, label: Any) -> None:
     assert (grad.dtype, grad.shape) == (dtype, inputs.logits.shape), label
     assert grad.stride() == torch.empty_like(inputs.logits).stride(), label
 
-    for name, ours, theirs, truth, scale in (
-        ("loss", loss, [p[0] for p in peers], expected.loss, expected.loss_scale),
-        ("gradient", grad, [p[1] for p in peers], expected.grad, expected.grad_scale),
-    ):
-        # A probability that vanishes is multiplied by what comes from above.
-        above = inputs.grad_output if name == "gradient" else None
-        factor = 1.0 if above is None or not above.numel() else above.abs().max().item()
-        limit = min(error(t, truth, scale, dtype, factor) for t in theirs) + slack(dtype)
-        actual = error(ours, truth, scale, dtype, factor)
-        assert actual <= limit, f"{label}: {name} is wrong by {actual:.3g}, torch by {limit:.3g}"
+    losses, grads = zip(*peers, strict=True)
+    assert_accurate(f"{label}: loss", loss, losses, expected.loss, expected.loss_scale, dtype)
+    assert_accurate(
+        f"{label}: gradient",
+        *(grad, grads, expected.grad, expected.grad_scale, dtype),
+        factor=above(inputs),
+    )
 
 
 # ------------------------------------------------------------------ the reference itself
@@ -630,22 +641,30 @@ def test_offsets_beyond_32_bits(class_step: int) -> None:
 
 
 def check_like_torch(
-    logits: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    loss: Loss = LOSSES["cross_entropy"],
+    **options: Any,
 ) -> None:
     """NaN, infinities and zeros where torch has them, and the same finite values within rounding.
-    Overflow on the way to a finite result is torch's in float32, not in float64: both will do."""
+    Overflow on the way to a finite result is torch's in float32, not in float64: both will do. Of a
+    loss that torch lacks the reference will do, too: on the way there torch's operators multiply
+    infinity by zero."""
     rows = native.cross_entropy(logits, target, reduction="none")
     shape = rows.shape if options.get("reduction") == "none" else ()
-    inputs = Inputs(logits, target, weight, torch.full(shape, 1.5), options)
-    ours = inputs.loss_and_grad(F.cross_entropy)
-    peers = [peer.loss_and_grad(native.cross_entropy) for peer in (inputs, inputs.to(F64))]
+    inputs = Inputs(logits, target, weight, torch.full(shape, 1.5), options, loss)
+    ours = inputs.loss_and_grad(loss.ours)
+    peers = [peer.loss_and_grad(loss.native) for peer in (inputs, inputs.to(F64))]
+    if loss is not LOSSES["cross_entropy"]:
+        exact = inputs.expected()
+        peers.append((exact.loss, exact.grad))
     eps = 16 * torch.finfo(logits.dtype).eps
     for actual, *expected in zip(ours, *peers, strict=True):
-        close = [
-            actual.isclose(peer.to(logits.dtype), rtol=eps, atol=eps, equal_nan=True)
-            for peer in expected
-        ]
-        assert (close[0] | close[1]).all(), (actual, expected, options)
+        right = torch.zeros_like(actual, dtype=torch.bool)
+        for value in expected:
+            right |= actual.isclose(value.to(logits.dtype), rtol=eps, atol=eps, equal_nan=True)
+        assert right.all(), (actual, expected, options)
 
 
 EXTREMES = {
@@ -1186,6 +1205,52 @@ def loss_and_lse(inputs: Inputs, ours: bool, logits: Tensor) -> tuple[Tensor, Te
     if not inputs.target.is_floating_point():
         lse = torch.where(inputs.target == inputs.options["ignore_index"], 0.0, lse)
     return inputs.call(torch_z_loss, logits), lse
+
+
+def check_both_results(inputs: Inputs, lse_grad: Tensor, label: Any) -> None:
+    """As check_inputs, for the log-sum-exp and the gradient through it and the loss together."""
+    dtype = inputs.logits.dtype
+    class_dim = min(inputs.logits.dim() - 1, 1)
+    tensors = [t for t in (inputs.logits, inputs.target, inputs.weight) if t is not None]
+    before = [whole_storage(t).clone() for t in (*tensors, lse_grad)]
+
+    def lse_and_grad(these: Inputs, ours: bool) -> tuple[Tensor, Tensor]:
+        logits = these.logits.detach().requires_grad_()
+        loss, lse = loss_and_lse(these, ours, logits)
+        outgoing = (these.grad_output.to(loss.dtype), lse_grad.to(lse.dtype))
+        (grad,) = torch.autograd.grad((loss, lse), logits, outgoing)
+        return lse.detach(), grad
+
+    ours = lse_and_grad(inputs, True)
+    for tensor, bytes_before in zip((*tensors, lse_grad), before, strict=True):
+        assert torch.equal(whole_storage(tensor), bytes_before), f"{label}: an input was modified"
+    assert [t.dtype for t in ours] == [COMPUTE[dtype], dtype], label
+    is_byte = inputs.target.dtype == torch.uint8
+    peer = replace(inputs, target=inputs.target.long()) if is_byte else inputs
+    peers = [lse_and_grad(peer.to(d), False) for d in {dtype, COMPUTE[dtype]}]
+    lses, grads = zip(*peers, strict=True)
+
+    x = inputs.logits.detach().double()
+    shifted = x - x.amax(class_dim, keepdim=True)
+    log_sum = shifted.exp().sum(class_dim).log()
+    counts = torch.ones_like(log_sum)
+    if not inputs.target.is_floating_point():
+        counts[inputs.target == inputs.options["ignore_index"]] = 0.0
+    through = (counts * lse_grad).unsqueeze(class_dim) * shifted.softmax(class_dim)
+    loss_alone = inputs.expected()
+    lse = counts * (x.amax(class_dim) + log_sum)
+    lse_scale = x.abs().amax(class_dim) + log_sum + 1
+    # Torch's operators, which give this gradient, take exp(x - lse) of the rounded lse.
+    through_scale = through.abs() * (shifted.abs() + lse_scale.unsqueeze(class_dim))
+    assert_accurate(f"{label}: log-sum-exp", ours[0], lses, lse, lse_scale, COMPUTE[dtype])
+    from_lse = lse_grad.abs().max().item() if lse_grad.numel() else 0.0
+    assert_accurate(
+        f"{label}: gradient",
+        *(ours[1], grads, loss_alone.grad + through, loss_alone.grad_scale + through_scale, dtype),
+        factor=max(above(inputs), 1.0) + max(from_lse, 1.0),
+        # Each of the two gradients is rounded to the dtype, and their sum.
+        more_slack=torch.finfo(dtype).eps if dtype.itemsize == 2 else 0.0,
+    )
 
 
 @pytest.mark.parametrize("target", ["long", "probabilities"])
@@ -1735,40 +1800,20 @@ def test_parameters_and_buffers_are_ordinary_tensors() -> None:
 
 
 def test_torch_function_mode_sees_the_call() -> None:
-    seen = []
-
-    class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
     inputs = draw(Case(), "cpu")
     expected = inputs.call(native.cross_entropy)
-    with Mode():
+    with FunctionsSeen() as mode:
         loss = inputs.call(F.cross_entropy)
     torch.testing.assert_close(loss, expected)
-    assert [function.__name__ for function in seen] == ["cross_entropy"]
+    assert [function.__name__ for function in mode.seen] == ["cross_entropy"]
 
 
 def test_torch_dispatch_mode_sees_operators_both_ways() -> None:
-    class Mode(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     for case in GRADED[:4]:
         inputs = draw(case, "cpu")
         expected = inputs.loss_and_grad(inputs.loss.ours)
         logits = inputs.logits.detach().requires_grad_()
-        with Mode() as mode:
+        with OperatorsSeen() as mode:
             loss = inputs.call(inputs.loss.ours, logits)
             assert mode.seen, "the forward pass is invisible"
             mode.seen.clear()
@@ -1911,14 +1956,6 @@ def test_graph_node_is_readable() -> None:
 
 def check_sample(*args: Any, **kwargs: Any) -> None:
     """Our loss and gradient against torch's on the same numbers in float64."""
-
-    def detached(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) else value
-
-    def widened(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.detach().double() if is_float else value
-
     results = []
     for function, cast in ((F.cross_entropy, detached), (native.cross_entropy, widened)):
         logits, *others = tree_map(cast, args)

@@ -53,6 +53,12 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
             assert f"{module}.{name}" in SINGLE_NAMES
 
 
+def test_every_name_of_the_reference_is_public() -> None:
+    for name in SINGLE_NAMES:
+        module, _, own = name.rpartition(".")
+        assert module in PUBLIC and own in importlib.import_module(module).__all__, name
+
+
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_has_a_docstring_of_its_own(module: str) -> None:
     assert importlib.import_module(module).__doc__
@@ -103,6 +109,13 @@ def test_make_help_names_every_target_of_the_pages() -> None:
         text = re.sub(r"^\s*#.*", "", file.read_text(), flags=re.MULTILINE)
         named = re.findall(r"(?:`|^|run: )make ([a-z-]+)", text, re.MULTILINE)
         assert set(named) <= targets, file
+
+
+def test_wheels_are_built_for_every_torch_of_the_page() -> None:
+    page = (ROOT / "docs" / "install.md").read_text()
+    workflow = (ROOT / ".github" / "workflows" / "wheels.yml").read_text()
+    tried = set(re.findall(r"^\| 3\.[^|]+\| (\d+\.\d+\.\d+)\+", page, re.MULTILINE))
+    assert len(tried) > 4 and tried == set(re.findall(r'"(2\.\d+\.\d+)"', workflow))
 
 
 @pytest.mark.parametrize(

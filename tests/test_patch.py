@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import fusedstep
+from numerics import FunctionsSeen
 
 TorchCrossEntropyLoss = nn.CrossEntropyLoss
 F = torch.nn.functional
@@ -323,23 +323,14 @@ def test_fallbacks_end_at_torch() -> None:
 
 
 def test_a_function_mode_sees_the_public_name() -> None:
-    class Mode(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
-    seen: list[Any] = []
     x, t = operands("cross_entropy")
-    with fusedstep.patched(), Mode():
+    with fusedstep.patched(), FunctionsSeen() as mode:
         F.cross_entropy(x, t)
-        assert F.cross_entropy in seen
+        assert F.cross_entropy in mode.seen
     assert fused("cross_entropy") == 1
-    seen.clear()
-    with Mode():
+    with FunctionsSeen() as mode:
         fusedstep.functional.cross_entropy(x, t)
-    assert fusedstep.functional.cross_entropy in seen
+    assert fusedstep.functional.cross_entropy in mode.seen
 
 
 def test_jit_compiles_torchs_own() -> None:

@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as native
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
@@ -39,15 +38,18 @@ from numerics import (  # the fixture by name: pytest finds it in this module
     REDUCTION_CODE,
     REDUCTIONS,
     TRANSFORMS,
+    FunctionsSeen,
     Logged,
-    error,
+    OperatorsSeen,
+    assert_accurate,
+    detached,
     identical,
     pairwise,
     peak_memory,
     place,
     poisoned_outputs,  # noqa: F401
-    slack,
     whole_storage,
+    widened,
 )
 
 # ------------------------------------------------------------------ the table of losses
@@ -343,27 +345,6 @@ def draw(case: Case, device: str) -> Inputs:
 
 
 # ------------------------------------------------------------------ the comparison
-
-
-def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Infinite where the dtype cannot hold the value."""
-    stored = values.to(dtype)
-    return torch.where(stored.isinf(), stored.to(values.dtype), values)
-
-
-def assert_accurate(
-    name: str,
-    ours: Tensor,
-    peers: list[Tensor],
-    truth: Tensor,
-    scale: Tensor,
-    dtype: torch.dtype,
-) -> None:
-    """Ours is wrong by no more than the best of torch's, and the slack."""
-    truth = saturated(truth, dtype)
-    limit = min(error(saturated(p, dtype), truth, scale, dtype) for p in peers) + slack(dtype)
-    actual = error(ours, truth, scale, dtype)
-    assert actual <= limit, f"{name} is wrong by {actual:.3g}, torch by {limit:.3g}"
 
 
 def check_inputs(inputs: Inputs, label: Any) -> None:
@@ -1346,41 +1327,21 @@ def test_parameters_and_buffers_are_ordinary_tensors(loss: str) -> None:
 
 @pytest.mark.parametrize("loss, variant", VARIANTS)
 def test_torch_function_mode_sees_the_call(loss: str, variant: str) -> None:
-    seen = []
-
-    class Mode(torch.overrides.TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(func)
-            return func(*args, **(kwargs or {}))
-
     inputs = draw(Case(loss, variant), "cpu")
     expected = inputs.call(inputs.loss.native)
-    with Mode():
+    with FunctionsSeen() as mode:
         result = inputs.call(inputs.loss.ours)
     torch.testing.assert_close(result, expected)
-    assert [function.__name__ for function in seen] == [loss]
+    assert [function.__name__ for function in mode.seen] == [loss]
 
 
 @pytest.mark.parametrize("case", EACH_LOSS, ids=str)
 def test_torch_dispatch_mode_sees_operators_both_ways(case: Case) -> None:
-    class Mode(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[str] = []
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            self.seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     for reduction, dtype in itertools.product(REDUCTIONS, (F32, BF16, F16)):
         inputs = draw(replace(case, reduction=reduction, dtype=dtype), "cpu")
         expected, *expected_grads = inputs.loss_and_grads(inputs.loss.ours)
         x, t, leaves = inputs.leaves()
-        with Mode() as mode:
+        with OperatorsSeen() as mode:
             loss = inputs.call(inputs.loss.ours, x, t)
             assert mode.seen, "the forward pass is invisible"
             mode.seen.clear()
@@ -1577,14 +1538,6 @@ def test_module_may_be_subclassed(loss: str) -> None:
 def check_sample(loss: Loss, *args: Any, **kwargs: Any) -> None:
     """Our loss and gradients against torch's on the same numbers in float64, or torch's own where
     it is torch that computes ours."""
-
-    def detached(value: Any) -> Any:
-        return value.detach() if isinstance(value, Tensor) else value
-
-    def widened(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.detach().double() if is_float else value
-
     dtype = args[0].dtype
     for wanted in ((True, False), (True, True)):
         results = []

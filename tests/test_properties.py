@@ -192,8 +192,11 @@ class CrossEntropyCall:
     reduction: str
     grad_output: Numbers
     ignores: bool
+    loss: str
+    parameter: float  # gamma of focal loss, z_loss of the loss that has it
 
     def inputs(self, device: str) -> cross_entropy.Inputs:
+        loss = cross_entropy.LOSSES[self.loss]
         shape = self.logits.shape
         class_dim = min(len(shape) - 1, 1)
         drawn = self.target.values()
@@ -222,18 +225,28 @@ class CrossEntropyCall:
             {
                 "ignore_index": self.ignore_index,
                 "reduction": self.reduction,
-                "label_smoothing": self.smoothing,
+                **({} if loss.indices_only else {"label_smoothing": self.smoothing}),
+                **dict.fromkeys(loss.options, self.parameter),
             },
+            loss,
         )
 
 
+PARAMETERS = {
+    "cross_entropy": (0.0,),  # it has none
+    "z_loss": (0.02, 1e-4, 1.0, 0.0),
+    "focal_loss": (2.0, 0.0, 0.3, 1.0, 1.7, 5.0, 20.0),
+}
+
+
 @st.composite
-def cross_entropy_calls(draw: st.DrawFn, special: bool) -> CrossEntropyCall:
+def cross_entropy_calls(draw: st.DrawFn, loss: str, special: bool = False) -> CrossEntropyCall:
+    indices_only = cross_entropy.LOSSES[loss].indices_only
     dims = draw(st.sampled_from((2, 2, 1, 3, 4, 5)))
     shape = draw(shapes(dims, largest=300 if special else 9000))
     class_dim = min(dims - 1, 1)
     rows = shape[:class_dim] + shape[class_dim + 1 :]
-    kinds = ["long", "probabilities"]
+    kinds = ["long"] if indices_only else ["long", "probabilities"]
     if shape[class_dim] < 200 and not special:
         kinds.append("uint8")
     kind = draw(st.sampled_from(kinds))
@@ -246,19 +259,22 @@ def cross_entropy_calls(draw: st.DrawFn, special: bool) -> CrossEntropyCall:
         draw(numbers(rows if indices else shape)),
         draw(st.booleans()),
         draw(st.sampled_from((-100, -7, 0, 200))) if indices and not special else -100,
-        draw(st.sampled_from((0.0, 0.1, 1.0))),
+        0.0 if indices_only else draw(st.sampled_from((0.0, 0.1, 1.0))),
         reduction,
         draw(numbers(rows if reduction == "none" else ())),
+        loss=loss,
+        parameter=draw(st.sampled_from(PARAMETERS[loss])),
         ignores=not special,  # torch's gradient of an ignored row is NaN where a logit is
     )
 
 
-def test_cross_entropy_is_accurate(explore: Explorer, device: str) -> None:
+@pytest.mark.parametrize("loss", cross_entropy.LOSSES)
+def test_losses_of_classes_are_accurate(loss: str, explore: Explorer, device: str) -> None:
     """No less accurate than torch, nothing written but the results."""
 
     def attempt(profile: settings) -> None:
         @profile
-        @given(cross_entropy_calls(special=False))
+        @given(cross_entropy_calls(loss))
         def holds(call: CrossEntropyCall) -> None:
             explore.tried += 1
             cross_entropy.check_inputs(call.inputs(device), call)
@@ -268,18 +284,39 @@ def test_cross_entropy_is_accurate(explore: Explorer, device: str) -> None:
     explore(attempt, examples=100)
 
 
-def test_cross_entropy_of_special_values(explore: Explorer, device: str) -> None:
+@pytest.mark.parametrize("loss", cross_entropy.LOSSES)
+def test_losses_of_classes_of_special_values(loss: str, explore: Explorer, device: str) -> None:
     """NaN, infinities and zeros where torch has them, and else torch's numbers."""
 
     def attempt(profile: settings) -> None:
         @profile
-        @given(cross_entropy_calls(special=True))
+        @given(cross_entropy_calls(loss, special=True))
         def holds(call: CrossEntropyCall) -> None:
             explore.tried += 1
             inputs = call.inputs(device)
             cross_entropy.check_like_torch(
-                inputs.logits, inputs.target, inputs.weight, **inputs.options
+                inputs.logits, inputs.target, inputs.weight, inputs.loss, **inputs.options
             )
+
+        holds()
+
+    explore(attempt, examples=100)
+
+
+def test_gradients_through_both_results_are_accurate(explore: Explorer, device: str) -> None:
+    """Loss and log-sum-exp, no less accurate than torch, nothing written but the results."""
+
+    def attempt(profile: settings) -> None:
+        @profile
+        @given(cross_entropy_calls("z_loss"), st.data())
+        def holds(call: CrossEntropyCall, data: st.DataObject) -> None:
+            explore.tried += 1
+            class_dim = min(len(call.logits.shape) - 1, 1)
+            rows = call.logits.shape[:class_dim] + call.logits.shape[class_dim + 1 :]
+            through_lse = data.draw(numbers(rows))
+            inputs = call.inputs(device)
+            lse_grad = through_lse.tensor(COMPUTE[call.dtype], device)
+            cross_entropy.check_both_results(inputs, lse_grad, (call, through_lse))
 
         holds()
 

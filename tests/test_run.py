@@ -99,6 +99,21 @@ def test_a_script_that_is_not_there(tmp_path: Path) -> None:
     assert ours.stderr == run([*PYTHON, "gone.py"], tmp_path, code=2).stderr
 
 
+@pytest.mark.parametrize("name", ["gone", "gone.too", "json.gone", "xml", "there.py"])
+def test_a_module_that_is_not_there(name: str, tmp_path: Path) -> None:
+    write(tmp_path, there="")
+    ours = run([*OURS, "-m", name], tmp_path, code=1)
+    assert ours.stderr == run([*PYTHON, "-m", name], tmp_path, code=1).stderr
+
+
+def test_a_module_that_imports_what_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path, there="import gone")
+    ours = run([*OURS, "-m", "there"], tmp_path, code=1)
+    python = run([*PYTHON, "-m", "there"], tmp_path, code=1)
+    assert ours.stderr.startswith("Traceback")
+    assert ours.stderr.splitlines()[-1] == python.stderr.splitlines()[-1]
+
+
 # ---- In every process ----
 
 

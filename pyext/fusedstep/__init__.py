@@ -13,7 +13,7 @@ _check_torch()
 from fusedstep import fakes as _fakes  # noqa: E402, F401
 from fusedstep import functional, nn, optim  # noqa: E402
 from fusedstep._patch import patch, patched, unpatch  # noqa: E402
-from fusedstep._stats import reset_stats, stats  # noqa: E402
+from fusedstep._stats import Calls, Stats, reset_stats, stats  # noqa: E402
 from fusedstep.nn import (  # noqa: E402
     BCEWithLogitsLoss,
     CrossEntropyLoss,
@@ -28,12 +28,14 @@ from fusedstep.optim import SGD  # noqa: E402
 __all__ = [
     "SGD",
     "BCEWithLogitsLoss",
+    "Calls",
     "CrossEntropyLoss",
     "FocalLoss",
     "HuberLoss",
     "L1Loss",
     "MSELoss",
     "SmoothL1Loss",
+    "Stats",
     "functional",
     "nn",
     "optim",

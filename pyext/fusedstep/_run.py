@@ -42,7 +42,7 @@ def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool)
     sys.excepthook = _show_exception
     sys.argv = [target, *arguments]
     if is_module:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
+        _run_module(target)
         return
     if _PATH_BEGINS_WITH_SCRIPT:
         del sys.path[0]  # the working directory, which `python -m` puts there
@@ -50,6 +50,16 @@ def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool)
         _run_script(target)
     else:
         runpy.run_path(os.path.abspath(target), run_name="__main__")
+
+
+def _run_module(name: str) -> None:
+    """Run a module as ``__main__``; if there is no such module, exit as python does."""
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except ImportError as error:
+        if _from_the_script(error.__traceback__):
+            raise
+        sys.exit(f"{sys.executable}: {error}")
 
 
 def _run_script(script: str) -> None:
@@ -75,6 +85,12 @@ def _show_exception(
     kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
     """Show a traceback as python does: it begins in the script."""
+    traceback = _from_the_script(traceback)
+    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
+
+
+def _from_the_script(traceback: TracebackType | None) -> TracebackType | None:
+    """The part of a traceback that begins in the script; None if nothing of it had run."""
     while traceback and traceback.tb_frame.f_code.co_filename in _FRAMES_BEFORE_THE_SCRIPT:
         traceback = traceback.tb_next
-    sys.__excepthook__(kind, error.with_traceback(traceback), traceback)
+    return traceback

@@ -140,12 +140,12 @@ def cross_entropy(
             input, target, weight, code, ignore_index, label_smoothing
         )
         return traced
-    loss = _unwatched(
+    loss = _despite_default_device(
         _C.cross_entropy, input, target, weight, reduction, ignore_index, label_smoothing
     )
     if loss is not None:
         return loss
-    return _torch(
+    return _from_torch(
         cross_entropy,
         (input, target),
         weight=weight,
@@ -196,7 +196,7 @@ def cross_entropy_with_lse(
     """
     code = _reduction_code(reduction)
     if not _is_traced(input):
-        result = _fused(
+        result = _from_kernels(
             _C.cross_entropy_with_lse,
             *(input, target, weight, _REDUCTIONS[code], ignore_index, label_smoothing, z_loss),
         )
@@ -248,7 +248,9 @@ def focal_loss(
     """
     code = _reduction_code(reduction)
     if not _is_traced(input):
-        loss = _fused(_C.focal_loss, input, target, gamma, weight, _REDUCTIONS[code], ignore_index)
+        loss = _from_kernels(
+            _C.focal_loss, input, target, gamma, weight, _REDUCTIONS[code], ignore_index
+        )
         if loss is not None:
             return loss
     composed: Tensor = torch.ops.fusedstep.focal_loss(
@@ -318,7 +320,7 @@ def l1_loss(
         if loss is not None:
             return loss
     options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
-    return _torch(l1_loss, (input, target), **options, weight=weight)
+    return _from_torch(l1_loss, (input, target), **options, weight=weight)
 
 
 def mse_loss(
@@ -339,7 +341,7 @@ def mse_loss(
         if loss is not None:
             return loss
     options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
-    return _torch(mse_loss, (input, target), **options, weight=weight)
+    return _from_torch(mse_loss, (input, target), **options, weight=weight)
 
 
 def smooth_l1_loss(
@@ -365,7 +367,7 @@ def smooth_l1_loss(
     if loss is not None:
         return loss
     options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
-    return _torch(smooth_l1_loss, (input, target), **options, beta=beta)
+    return _from_torch(smooth_l1_loss, (input, target), **options, beta=beta)
 
 
 def huber_loss(
@@ -389,7 +391,7 @@ def huber_loss(
         loss = _pointwise_loss(_HUBER, input, target, None, None, reduction, parameter=delta)
         if loss is not None:
             return loss
-    return _torch(huber_loss, (input, target), reduction=reduction, delta=delta, weight=weight)
+    return _from_torch(huber_loss, (input, target), reduction=reduction, delta=delta, weight=weight)
 
 
 def binary_cross_entropy_with_logits(
@@ -433,7 +435,7 @@ def binary_cross_entropy_with_logits(
     if loss is not None:
         return loss
     options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
-    return _torch(
+    return _from_torch(
         binary_cross_entropy_with_logits,
         (input, target),
         weight=weight,
@@ -458,7 +460,7 @@ def _pointwise_loss(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if not _is_traced(input):
-        return _fused(
+        return _from_kernels(
             _C.pointwise_loss, input, target, weight, pos_weight, kind, reduction, parameter
         )
     if (
@@ -481,25 +483,26 @@ def _reduction_code(reduction: str) -> int:
     return _Reduction.get_enum(reduction)  # what else torch takes, with a warning, or its error
 
 
-def _fused(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
-    """Return what a loss gives that the kernels cover, or None: torch's own function has to run."""
+def _from_kernels(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
+    """Return what the compiled core computes, or None: torch's own function has to run."""
     result = loss(*args)
-    return _unwatched(loss, *args) if result is None else result
+    return _despite_default_device(loss, *args) if result is None else result
 
 
-def _unwatched(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
-    """Return what a loss gives where nothing but the default device kept it from the kernels."""
-    if not _is_default_device_all_that_watches():
+def _despite_default_device(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
+    """Ask the core again if it declined only because ``torch.set_default_device`` is in force.
+
+    That is a function mode, which the core leaves to torch. It places new tensors, and a loss makes
+    none that could lie elsewhere.
+    """
+    if not _only_default_device_is_active():
         return None
     with torch._C.DisableTorchFunction():
         return loss(*args)
 
 
-def _is_default_device_all_that_watches() -> bool:
-    """Whether function modes are active, and none but ``torch.set_default_device``'s.
-
-    It places new tensors, and a loss makes none that could lie elsewhere.
-    """
+def _only_default_device_is_active() -> bool:
+    """Whether function modes are active, and none but ``torch.set_default_device``'s."""
     if not torch._C._is_torch_function_mode_enabled():
         return False
     return all(type(mode) is DeviceContext for mode in _get_current_function_mode_stack())
@@ -516,7 +519,9 @@ def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def _torch(ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any) -> Tensor:
+def _from_torch(
+    ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any
+) -> Tensor:
     """Let a function mode see our function, and torch compute what the kernels do not cover.
 
     What the compiled core has looked at, it has counted; the rest is counted here.
@@ -527,7 +532,7 @@ def _torch(ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options:
     if (
         plain
         and torch._C._is_torch_function_mode_enabled()
-        and not _is_default_device_all_that_watches()
+        and not _only_default_device_is_active()
     ):
         patched = getattr(torch.nn.functional, name) is stand_ins[name]
         seen = stand_ins[name] if patched else ours
