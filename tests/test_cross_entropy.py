@@ -1601,8 +1601,9 @@ def test_operators_refuse_dtypes_and_dimensions_that_kernels_do_not_read() -> No
     for dtype in (torch.float64, torch.int64):
         with pytest.raises(RuntimeError, match="a loss of dtype"):
             forward(x, y, None, *rest, dtype, *wanted)
-    with pytest.raises(RuntimeError, match="no reduction 3"):
-        forward(x, y, None, 3, *rest[1:], F32, *wanted)
+    for reduction in (-1, 3, 2**32):
+        with pytest.raises(RuntimeError, match=f"no reduction {reduction}"):
+            forward(x, y, None, reduction, *rest[1:], F32, *wanted)
     with pytest.raises(RuntimeError, match="9 dimensions"):
         forward(x.view(5, 7, *[1] * 7), y.view(5, *[1] * 7), None, *rest, F32, *wanted)
     with pytest.raises(RuntimeError, match="0 dimensions"):

@@ -9,8 +9,6 @@
 
 namespace fusedstep::cross_entropy {
 
-enum class Reduction : int { none = 0, mean = 1, sum = 2 };
-
 enum class TargetKind {
     index,           // int64 class indices
     smoothed_index,  // int64 class indices with label smoothing

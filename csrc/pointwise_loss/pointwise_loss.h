@@ -10,8 +10,6 @@
 
 namespace fusedstep::pointwise_loss {
 
-enum class Reduction : int { none = 0, mean = 1, sum = 2 };
-
 inline constexpr int kMaxDims = 8;
 
 // Elements are those of the input in its order in memory; torch.cpp merges dimensions wherever all
