@@ -1717,6 +1717,34 @@ def test_operators_refuse_tensors_that_do_not_fit(loss: str) -> None:
             operator("_backward")(*backward_arguments(inputs, grad_output))
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_operators_refuse_numbers_and_weights_that_the_loss_does_not_have(
+    loss: str, device: str
+) -> None:
+    inputs = draw(Case(loss), device)
+    x, t, weight, pos_weight, kind, reduction, parameter = operator_arguments(inputs)
+    tensors = (x, t, weight, pos_weight)
+    grad_output = torch.ones((), device=device)
+
+    def refused(message: str, *arguments: Any) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            operator("_forward")(*arguments, F32, True)
+        with pytest.raises(RuntimeError, match=message):
+            operator("_backward")(grad_output, *arguments)
+
+    for wrong in (-1, 5, 99, 2**32):
+        refused(f"no kind {wrong}", *tensors, wrong, reduction, parameter)
+    for wrong in (-1, 3, 7, 2**32):
+        refused(f"no reduction {wrong}", *tensors, kind, wrong, parameter)
+    if inputs.loss.parameter:
+        for size in (0.0, -1.0, math.nan):
+            refused("a parameter of", *tensors, kind, reduction, size)
+    if not inputs.loss.takes_logits:
+        one = torch.ones(7, device=device)
+        refused(": weight is for", x, t, one, None, kind, reduction, parameter)
+        refused(": pos_weight is for", x, t, None, one, kind, reduction, parameter)
+
+
 # ------------------------------------------------------------------ shapes that broadcast
 
 BROADCAST = (((5, 7), (7,)), ((5, 7), (5, 1)), ((7,), (5, 7)), ((5, 1), (1, 7)), ((5, 7), ()))
