@@ -468,11 +468,10 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
 // Where a device writes down a class index that is out of range: memory that the host can look at
 // at any time, one for each device, never freed.
 TargetFault& target_fault(c10::Device device) {
-    constexpr int kMaxDevices = 64;
     static std::array<TargetFault*, kMaxDevices> faults{};
     static std::mutex mutex;
     std::lock_guard<std::mutex> const lock(mutex);
-    TargetFault*& fault = faults.at(device.has_index() ? device.index() : 0);
+    TargetFault*& fault = faults[device_number(device)];
     if (fault == nullptr) fault = static_cast<TargetFault*>(new_host_visible(sizeof(TargetFault)));
     return *fault;
 }
