@@ -1608,6 +1608,8 @@ def test_operators_refuse_dtypes_and_dimensions_that_kernels_do_not_read() -> No
         forward(x.view(5, 7, *[1] * 7), y.view(5, *[1] * 7), None, *rest, F32, *wanted)
     with pytest.raises(RuntimeError, match="0 dimensions"):
         forward(x[0, 0], y[0], None, *rest, F32, *wanted)
+    with pytest.raises(RuntimeError, match="count up to 2147483647 classes, not 2147483648"):
+        forward(x[:, :1].expand(5, 2**31), y, None, *rest, F32, False, False, False)
 
 
 def large_gradient(seed: int) -> tuple[Tensor, Tensor]:

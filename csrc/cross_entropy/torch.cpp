@@ -166,6 +166,8 @@ Covered<at::ScalarType> covered_loss_type(const char* op, const Tensor& logits,
         return not_covered("a number of dimensions that the kernels do not walk");
     }
     if (class_count(logits) == 0) return not_covered("no classes");
+    if (class_count(logits) > kMaxClasses)
+        return not_covered("more classes than the kernels count");
     if (!is_reduction(options.reduction)) return not_covered("an unknown reduction");
     if (!(options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0)) {
         return not_covered("label_smoothing outside [0, 1]");
@@ -346,6 +348,8 @@ private:
                     ": the kernels do not walk logits of ", logits.dim(), " dimensions");
         std::int64_t const classes = logits.size(class_dim(logits));
         TORCH_CHECK(classes > 0, op, ": logits of shape ", logits.sizes(), " have no classes");
+        TORCH_CHECK(classes <= kMaxClasses, op, ": the kernels count up to ", kMaxClasses,
+                    " classes, not ", classes);
         bool const probabilities = !is_class_index(target);
         TORCH_CHECK(probabilities ? target.sizes() == logits.sizes()
                                   : target.numel() == logits.numel() / classes,
