@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -560,6 +561,19 @@ def test_offsets_beyond_32_bits(loss: str, element_step: int) -> None:
 
 
 # ------------------------------------------------------------------ special values
+
+
+def test_smooth_l1_gradient_is_a_quotient(device: str) -> None:
+    """Of float64: d / (beta n) rounded once, where the product beta n is rounded itself."""
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("there is no fused multiply-add")
+    for beta, n in (("0x1.c089c0c4259dap-54", 76), ("0x1.1b9e8144796dap+57", 120)):
+        size = float.fromhex(beta)
+        d = (torch.rand(n, dtype=F64) - 0.5) * size
+        x = d.to(device).requires_grad_()
+        F.smooth_l1_loss(x, torch.zeros_like(x), beta=size).backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [float(Fraction(v) / (Fraction(size) * n)) for v in d.tolist()]
 
 
 def check_like_torch(inputs: Inputs) -> None:
