@@ -1666,12 +1666,15 @@ def test_operators_refuse_dtypes_and_dimensions_that_kernels_do_not_read() -> No
     for dtype in (torch.float64, torch.int64):
         with pytest.raises(RuntimeError, match="a loss of dtype"):
             forward(x, y, None, *rest, dtype, *wanted)
-    with pytest.raises(RuntimeError, match="no reduction 3"):
-        forward(x, y, None, 3, *rest[1:], F32, *wanted)
+    for reduction in (-1, 3, 2**32):
+        with pytest.raises(RuntimeError, match=f"no reduction {reduction}"):
+            forward(x, y, None, reduction, *rest[1:], F32, *wanted)
     with pytest.raises(RuntimeError, match="9 dimensions"):
         forward(x.view(5, 7, *[1] * 7), y.view(5, *[1] * 7), None, *rest, F32, *wanted)
     with pytest.raises(RuntimeError, match="0 dimensions"):
         forward(x[0, 0], y[0], None, *rest, F32, *wanted)
+    with pytest.raises(RuntimeError, match="count up to 2147483647 classes, not 2147483648"):
+        forward(x[:, :1].expand(5, 2**31), y, None, *rest, F32, False, False, False)
 
 
 def large_gradient(seed: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import inspect
 import io
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,6 +87,38 @@ def test_every_reason_of_a_fallback_is_explained() -> None:
     explained = set(re.findall(r"^\| (?!reason|--)(.+?) \|", page, re.MULTILINE))
     assert explained == reasons_in_the_sources()
     assert len(explained) > 40
+
+
+def listed_on_the_map(text: str) -> Iterator[tuple[str, str]]:
+    """What a map of folders and files lists: (folder, pattern). `x.h, .cpp` are two files, `<x>` in
+    a name is anything; a folder's files are indented by two."""
+    folders: list[str] = []
+    for line in text.splitlines():
+        entry = re.match(r"(  )?((?:[^\s,]+, )*[^\s,]+)(?:  |$)", line)
+        if not entry:  # a description goes on
+            continue
+        names = entry[2].split(", ")
+        if not entry[1] and names[0].endswith("/"):
+            folders = [name.rstrip("/") for name in names]
+            continue
+        for folder in folders if entry[1] else [""]:
+            for name in names:
+                stem = names[0].partition(".")[0] if name.startswith(".") else ""
+                yield folder, re.sub("<room>", folder, stem + name).replace("<walk>", "*")
+
+
+def test_the_map_of_the_sources_names_every_file() -> None:
+    text = (ROOT / "csrc" / "README.md").read_text().split("```\n")[1]
+    listed = list(listed_on_the_map(text))
+    files = [f.relative_to(ROOT / "csrc") for f in (ROOT / "csrc").rglob("*") if f.is_file()]
+    for file in files:
+        if file.suffix != ".md":
+            assert any(
+                file.parent.as_posix() == (folder or ".") and fnmatch(file.name, pattern)
+                for folder, pattern in listed
+            ), f"csrc/README.md does not list {file}"
+    for _, pattern in listed:
+        assert any(fnmatch(file.name, pattern) for file in files), f"there is no {pattern}"
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

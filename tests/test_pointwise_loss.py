@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -541,6 +542,19 @@ def test_offsets_beyond_32_bits(loss: str, element_step: int) -> None:
 
 
 # ------------------------------------------------------------------ special values
+
+
+def test_smooth_l1_gradient_is_a_quotient(device: str) -> None:
+    """Of float64: d / (beta n) rounded once, where the product beta n is rounded itself."""
+    if device == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("there is no fused multiply-add")
+    for beta, n in (("0x1.c089c0c4259dap-54", 76), ("0x1.1b9e8144796dap+57", 120)):
+        size = float.fromhex(beta)
+        d = (torch.rand(n, dtype=F64) - 0.5) * size
+        x = d.to(device).requires_grad_()
+        F.smooth_l1_loss(x, torch.zeros_like(x), beta=size).backward()
+        assert x.grad is not None
+        assert x.grad.tolist() == [float(Fraction(v) / (Fraction(size) * n)) for v in d.tolist()]
 
 
 def check_like_torch(inputs: Inputs) -> None:
@@ -1668,6 +1682,34 @@ def test_operators_refuse_tensors_that_do_not_fit(loss: str) -> None:
     ):
         with refused():
             operator("_backward")(*backward_arguments(inputs, grad_output))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_operators_refuse_numbers_and_weights_that_the_loss_does_not_have(
+    loss: str, device: str
+) -> None:
+    inputs = draw(Case(loss), device)
+    x, t, weight, pos_weight, kind, reduction, parameter = operator_arguments(inputs)
+    tensors = (x, t, weight, pos_weight)
+    grad_output = torch.ones((), device=device)
+
+    def refused(message: str, *arguments: Any) -> None:
+        with pytest.raises(RuntimeError, match=message):
+            operator("_forward")(*arguments, F32, True)
+        with pytest.raises(RuntimeError, match=message):
+            operator("_backward")(grad_output, *arguments)
+
+    for wrong in (-1, 5, 99, 2**32):
+        refused(f"no kind {wrong}", *tensors, wrong, reduction, parameter)
+    for wrong in (-1, 3, 7, 2**32):
+        refused(f"no reduction {wrong}", *tensors, kind, wrong, parameter)
+    if inputs.loss.parameter:
+        for size in (0.0, -1.0, math.nan):
+            refused("a parameter of", *tensors, kind, reduction, size)
+    if not inputs.loss.takes_logits:
+        one = torch.ones(7, device=device)
+        refused(": weight is for", x, t, one, None, kind, reduction, parameter)
+        refused(": pos_weight is for", x, t, None, one, kind, reduction, parameter)
 
 
 # ------------------------------------------------------------------ shapes that broadcast

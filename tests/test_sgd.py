@@ -524,6 +524,16 @@ def _grad_of_another(params: list[nn.Parameter], state: Any, memory: Tensor) -> 
     params[1].grad = params[0].detach()
 
 
+def _strided_grad_of_another(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    params[1].data = params[1].detach()[::2].clone()
+    params[1].grad = params[0].detach()[::2]
+
+
+def _strided_grad_over_param(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
+    params[0].data = memory[: len(memory) // 2]
+    params[0].grad = memory[: len(memory) // 2 * 2 : 2]
+
+
 def _grad_is_param(params: list[nn.Parameter], state: Any, memory: Tensor) -> None:
     params[0].grad = params[0].detach()
 
@@ -551,6 +561,8 @@ def _buffer_before_grad(params: list[nn.Parameter], state: Any, memory: Tensor) 
     [
         _shared_buffer,
         _grad_of_another,
+        _strided_grad_of_another,
+        _strided_grad_over_param,
         _grad_is_param,
         _buffer_is_grad,
         _buffer_is_param,

@@ -146,6 +146,14 @@ def test_reasons(operator: str, reason: str, call: Callable[[], object], device:
     assert calls.fused == (1 if "backward" in reason else 0)
 
 
+def test_more_classes_than_a_lane_counts() -> None:
+    logits = torch.empty(1, 2**31, device="meta")
+    F.cross_entropy(logits, torch.empty(1, dtype=torch.int64, device="meta"))
+    F.cross_entropy(logits[:, 1:], torch.empty(1, dtype=torch.int64, device="meta"))
+    reason = "more classes than the kernels count"
+    assert fusedstep.stats()["cross_entropy"].fallbacks == {reason: 1}
+
+
 def test_shapes_that_broadcast() -> None:
     with pytest.warns(UserWarning, match="target size"):
         F.mse_loss(logits(), torch.zeros(4))

@@ -18,9 +18,7 @@ template <class T, bool kVectors, class Index_>
 struct Pieces {
     using Index = Index_;
     static constexpr int kLanes = kVectors ? kVectorLanes<T> : 1;
-    struct alignas(kVectors ? kVectorBytes : sizeof(T)) Piece {
-        T lane[kLanes];
-    };
+    using Piece = Lanes<T, kLanes>;
 
     Index count;  // of whole pieces
     Index classes;
@@ -57,7 +55,7 @@ struct Pieces {
     }
 
     __device__ __forceinline__ Piece load(const T* row, Index piece) const {
-        if constexpr (kVectors) return bit_cast<Piece>(load_vector(row + first(piece)));
+        if constexpr (kVectors) return load_vector(row + first(piece));
         return {{row[piece * class_stride]}};
     }
 
@@ -65,7 +63,7 @@ struct Pieces {
     __device__ __forceinline__ void store(T* row, std::int64_t stride, Index piece,
                                           const Piece& values) const {
         if constexpr (kVectors) {
-            store_vector(row + first(piece), bit_cast<Vector<T>>(values));
+            store_vector(row + first(piece), values);
         } else {
             row[piece * stride] = values.lane[0];
         }

@@ -10,14 +10,18 @@
 
 namespace fusedstep {
 
-// Elements of T in one access.
+// Consecutive elements, read and written by one access.
+template <class T, int n>
+struct alignas(n * sizeof(T)) Lanes {
+    T lane[n];
+};
+
+// Elements of T in the widest access.
 template <class T>
 inline constexpr int kVectorLanes = kVectorBytes / static_cast<int>(sizeof(T));
 
 template <class T>
-struct alignas(kVectorBytes) Vector {
-    T lane[kVectorLanes<T>];
-};
+using Vector = Lanes<T, kVectorLanes<T>>;
 
 FUSEDSTEP_HD bool is_vector_aligned(const void* pointer) {
     return reinterpret_cast<std::uintptr_t>(pointer) % kVectorBytes == 0;

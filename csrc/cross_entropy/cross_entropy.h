@@ -3,13 +3,12 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "core/cpu_level.h"
 #include "core/dtype.h"
 
 namespace fusedstep::cross_entropy {
-
-enum class Reduction : int { none = 0, mean = 1, sum = 2 };
 
 enum class TargetKind {
     index,           // int64 class indices
@@ -21,13 +20,16 @@ enum class TargetKind {
 // torch.cpp merges dimensions wherever all operands allow, so one or two are left in practice.
 inline constexpr int kMaxRowDims = 8;
 
+// A lane of 32 bits holds a class index.
+inline constexpr std::int64_t kMaxClasses = std::numeric_limits<std::int32_t>::max();
+
 // Numbers of a row in Args::row_stats.
 inline constexpr std::int64_t kRowStats = 3;
 
 struct Args {
     std::int64_t rows;
-    std::int64_t classes;
-    int row_dims;  // >= 1
+    std::int64_t classes;  // 1 to kMaxClasses
+    int row_dims;          // >= 1
     std::int64_t row_sizes[kMaxRowDims];
 
     // Logits; read only. dtype is that of the logits and of the gradient.

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "core/cuda_launch.h"
+#include "core/reduction.h"
 #include "cross_entropy/cross_entropy.h"
 
 namespace fusedstep::cross_entropy {

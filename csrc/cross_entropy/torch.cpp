@@ -37,6 +37,7 @@
 #include <utility>
 
 #include "core/compensated_sum.h"
+#include "core/reduction.h"
 #include "cross_entropy/binding.h"
 #include "cross_entropy/cross_entropy.h"
 #if defined(FUSEDSTEP_CUDA)
@@ -165,7 +166,9 @@ Covered<at::ScalarType> covered_loss_type(const char* op, const Tensor& logits,
         return not_covered("a number of dimensions that the kernels do not walk");
     }
     if (class_count(logits) == 0) return not_covered("no classes");
-    if (options.reduction < 0 || options.reduction > 2) return not_covered("an unknown reduction");
+    if (class_count(logits) > kMaxClasses)
+        return not_covered("more classes than the kernels count");
+    if (!is_reduction(options.reduction)) return not_covered("an unknown reduction");
     if (!(options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0)) {
         return not_covered("label_smoothing outside [0, 1]");
     }
@@ -303,8 +306,6 @@ struct KernelArgs {
                     "cross_entropy_forward: a loss of dtype ", loss_dtype,
                     " does not fit logits of dtype ", logits.scalar_type());
         bool const per_row = reduction == Reduction::none;
-        TORCH_CHECK(per_row || reduction == Reduction::mean || reduction == Reduction::sum,
-                    "cross_entropy_forward: there is no reduction ", static_cast<int>(reduction));
         c10::SymDimVector rows_shape;
         if (per_row || with_lse) rows_shape = index_shape(logits);
         at::IntArrayRef const shape = C10_AS_INTARRAYREF_SLOW(rows_shape);
@@ -347,6 +348,8 @@ private:
                     ": the kernels do not walk logits of ", logits.dim(), " dimensions");
         std::int64_t const classes = logits.size(class_dim(logits));
         TORCH_CHECK(classes > 0, op, ": logits of shape ", logits.sizes(), " have no classes");
+        TORCH_CHECK(classes <= kMaxClasses, op, ": the kernels count up to ", kMaxClasses,
+                    " classes, not ", classes);
         bool const probabilities = !is_class_index(target);
         TORCH_CHECK(probabilities ? target.sizes() == logits.sizes()
                                   : target.numel() == logits.numel() / classes,
@@ -400,7 +403,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cpu(
     std::int64_t reduction_, std::int64_t ignore_index, double label_smoothing, double z_loss,
     std::optional<double> gamma, at::ScalarType loss_dtype, bool with_grad, bool with_stats,
     bool with_lse) {
-    auto const reduction = static_cast<Reduction>(reduction_);
+    Reduction const reduction = reduction_of("cross_entropy_forward", reduction_);
     CallCounter& calls = calls_of(gamma, with_lse);
     Tensor const grad = with_grad ? empty_gradient(logits) : Tensor();
     KernelArgs kernel(calls.op(), logits, target, weight, ignore_index, label_smoothing, grad);
@@ -469,11 +472,10 @@ Tensor backward_cpu(const Tensor& grad_output, const Tensor& logits, const Tenso
 // Where a device writes down a class index that is out of range: memory that the host can look at
 // at any time, one for each device, never freed.
 TargetFault& target_fault(c10::Device device) {
-    constexpr int kMaxDevices = 64;
     static std::array<TargetFault*, kMaxDevices> faults{};
     static std::mutex mutex;
     std::lock_guard<std::mutex> const lock(mutex);
-    TargetFault*& fault = faults.at(device.has_index() ? device.index() : 0);
+    TargetFault*& fault = faults[device_number(device)];
     if (fault == nullptr) fault = static_cast<TargetFault*>(new_host_visible(sizeof(TargetFault)));
     return *fault;
 }
@@ -498,7 +500,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_cuda(
     CudaGuard const guard(logits.device());
     TargetFault& fault = target_fault(logits.device());
     raise_target_fault(fault, logits.device());
-    auto const reduction = static_cast<Reduction>(reduction_);
+    Reduction const reduction = reduction_of("cross_entropy_forward", reduction_);
     const DeviceLimits& limits = device_limits(logits.device());
     CallCounter& calls = calls_of(gamma, with_lse);
     Tensor const grad = with_grad ? at::empty_like(logits) : Tensor();

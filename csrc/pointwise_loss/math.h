@@ -61,7 +61,7 @@ FUSEDSTEP_HD decltype(auto) with_kind(Kind kind, F&& f) {
 template <class V>
 struct Point {
     V loss;
-    V derivative;  // but for what derivative_scale() makes good: d of mse, beta times smooth_l1's
+    V derivative;  // of mse divided by 2, of smooth_l1 times beta: see derivative_scale()
 };
 
 // 1 / divisor as the sum of two numbers, so that a product with it is rounded once, as a quotient
@@ -77,14 +77,15 @@ struct Reciprocal {
     }
 };
 
-// The gradient: a derivative times what derivative_scale() made times grad_output. What is bounded
-// has been rounded often enough before; with the others neither 2 d nor d times 1 / n may become
-// infinite or 0 where the gradient is not.
+// The gradient: a derivative of evaluate() times derivative_scale() times grad_output. Losses whose
+// derivative may be as large or as small as d multiply the last two first: d times the scale could
+// become infinite, or 0, where the gradient does not. For the others the product of derivative and
+// scale is rounded once.
 template <class Math, class V>
 FUSEDSTEP_HD V gradient(Kind kind, V derivative, const Reciprocal<V>& scale, V grad_output) {
-    bool const is_bounded = kind == Kind::smooth_l1 || !is_symmetric(kind);
-    return is_bounded ? scale.template times<Math>(derivative) * grad_output
-                      : derivative * ((scale.high + scale.low) * grad_output);
+    bool const scale_first = kind == Kind::smooth_l1 || !is_symmetric(kind);
+    return scale_first ? scale.template times<Math>(derivative) * grad_output
+                       : derivative * ((scale.high + scale.low) * grad_output);
 }
 
 // -1, 0 or 1; 0 for NaN, as in torch.
@@ -154,7 +155,7 @@ FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
         V const tail = Math::fmadd(squared * squared, log_tail<Math>(quotient), remainder);
         V const log_sum = quotient + tail;
         if constexpr (kind == Kind::bce_with_logits) {
-            // Where x < 0 it cancels softplus's -x: -t x is left.
+            // (1 - t) x + max(-x, 0), without the terms that cancel where x < 0
             return {log_sum + (x < zero ? -t : one - t) * x, sigmoid - t};
         }
         V const weighted = parameter * t;

@@ -10,8 +10,6 @@
 
 namespace fusedstep::pointwise_loss {
 
-enum class Reduction : int { none = 0, mean = 1, sum = 2 };
-
 inline constexpr int kMaxDims = 8;
 
 // Elements are those of the input in its order in memory; torch.cpp merges dimensions wherever all
@@ -36,7 +34,7 @@ struct Args {
     DType loss_dtype;    // dtype, or float32 where that is of 16 bits
     Operand input;
     Operand target;
-    Operand weight;      // of a binary cross-entropy: multiplies each element's; absent: one
+    Operand weight;      // multiplies the loss of each element; only of a binary cross-entropy
     Operand pos_weight;  // there for weighted_bce
     Operand grad;        // the gradient with respect to the input; absent: not wanted
     Operand loss;        // of each element; absent: reduced
@@ -50,8 +48,9 @@ struct Args {
 };
 
 // What the derivatives of evaluate() are to be multiplied by where the loss is divided by
-// `divisor`, in two numbers of the type that dtype is computed in. Both are above 0: with
-// infinities their products agree. A parameter of smooth_l1 is within 2^-64 and 2^64.
+// `divisor`, in two numbers of the type that dtype is computed in. Both are above 0, so that their
+// products with an infinite derivative are the same infinity, and the sum of these is no NaN. A
+// parameter of smooth_l1 is from 2^-64 to 2^64.
 Reciprocal<double> derivative_scale(Kind kind, double parameter, double divisor, DType dtype);
 
 // Work is split into chunks of this many elements, whatever the number of threads: that, and a sum

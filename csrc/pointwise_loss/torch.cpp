@@ -33,6 +33,7 @@
 #include <utility>
 
 #include "core/compensated_sum.h"
+#include "core/reduction.h"
 #include "pointwise_loss/binding.h"
 #include "pointwise_loss/pointwise_loss.h"
 #include "torch_glue/coverage.h"
@@ -79,6 +80,13 @@ struct Call {
     }
 };
 
+// Of beta or delta, where there is one.
+bool fits_kernels(Kind kind, double parameter) {
+    // 1 / (beta numel) is a normal float32.
+    if (kind == Kind::smooth_l1) return parameter >= 0x1p-64 && parameter <= 0x1p64;
+    return kind != Kind::huber || parameter > 0;
+}
+
 // Of a weight or pos_weight, constant and to be expanded to the shape of the input.
 Covered<> covered_factor(const OptionalTensor& factor, const Tensor& input) {
     if (!is_given(factor)) return covered;
@@ -117,14 +125,9 @@ Covered<at::ScalarType> covered_loss_type(const Call& call) {
         return not_covered("a number of dimensions that the kernels do not walk");
     }
     if (input.sym_sizes() != target.sym_sizes()) return not_covered("shapes that broadcast");
-    if (static_cast<int>(reduction) < 0 || static_cast<int>(reduction) > 2) {
-        return not_covered("an unknown reduction");
-    }
-    bool const has_parameter = kind == Kind::smooth_l1 || kind == Kind::huber;
-    if (has_parameter && !(parameter > 0)) return not_covered("beta or delta is not positive");
-    // 1 / (beta numel) is a normal float32.
-    if (kind == Kind::smooth_l1 && !(parameter >= 0x1p-64 && parameter <= 0x1p64)) {
-        return not_covered("a beta of an extreme size");
+    if (!fits_kernels(kind, parameter)) {
+        return parameter > 0 ? not_covered("a beta of an extreme size")
+                             : not_covered("beta or delta is not positive");
     }
     if ((is_given(weight) || is_given(pos_weight)) && kind != Kind::bce_with_logits) {
         return not_covered("a weight for each element");
@@ -227,19 +230,41 @@ private:
     static void check(const Call& call, const Tensor& loss, const Tensor& grad_output) {
         const Tensor& input = call.input;
         at::ScalarType const type = input.scalar_type();
-        TORCH_CHECK(input.sizes() == call.target.sizes() && input.dim() <= kMaxDims,
-                    "pointwise_loss: target of shape ", call.target.sizes(),
-                    " does not fit input of shape ", input.sizes());
-        auto const fits = [&](const Tensor& tensor, bool may_be_wider) {
-            return !tensor.defined() ||
-                   (tensor.device() == input.device() &&
-                    (tensor.scalar_type() == type ||
-                     (may_be_wider && tensor.scalar_type() == accumulate_type(type))));
-        };
-        TORCH_CHECK(kernel_dtype(type) && fits(call.target, true) && fits(loss, true) &&
-                        fits(grad_output, true) && fits(call.weight.value_or(Tensor()), false) &&
-                        fits(call.pos_weight.value_or(Tensor()), false),
-                    "pointwise_loss: dtypes or devices do not fit input of dtype ", type);
+        TORCH_CHECK(kernel_dtype(type),
+                    "pointwise_loss: the kernels do not compute input of dtype ", type);
+        TORCH_CHECK(input.dim() <= kMaxDims, "pointwise_loss: the kernels do not walk input of ",
+                    input.dim(), " dimensions");
+        TORCH_CHECK(input.sizes() == call.target.sizes(), "pointwise_loss: target of shape ",
+                    call.target.sizes(), " does not fit input of shape ", input.sizes());
+        TORCH_CHECK(fits_kernels(call.kind, call.parameter),
+                    "pointwise_loss: the kernels do not compute a parameter of ", call.parameter);
+        check_fits("target", call.target, input, /*may_be_wider=*/true);
+        check_fits("loss", loss, input, /*may_be_wider=*/true);
+        check_fits("grad_output", grad_output, input, /*may_be_wider=*/true);
+        check_factor("weight", call.weight, call);
+        check_factor("pos_weight", call.pos_weight, call);
+    }
+
+    static void check_fits(const char* name, const Tensor& tensor, const Tensor& input,
+                           bool may_be_wider) {
+        if (!tensor.defined()) return;
+        at::ScalarType const type = input.scalar_type();
+        TORCH_CHECK(tensor.scalar_type() == type ||
+                        (may_be_wider && tensor.scalar_type() == accumulate_type(type)),
+                    "pointwise_loss: ", name, " of dtype ", tensor.scalar_type(),
+                    " does not fit input of dtype ", type);
+        TORCH_CHECK(tensor.device() == input.device(), "pointwise_loss: ", name, " on ",
+                    tensor.device(), " does not fit input on ", input.device());
+    }
+
+    static void check_factor(const char* name, const OptionalTensor& factor, const Call& call) {
+        if (!is_given(factor)) return;
+        TORCH_CHECK(call.kind == Kind::bce_with_logits, "pointwise_loss: ", name,
+                    " is for a binary cross-entropy, not for kind ", static_cast<int>(call.kind));
+        check_fits(name, *factor, call.input, /*may_be_wider=*/false);
+        TORCH_CHECK(at::is_expandable_to(factor->sizes(), call.input.sizes()),
+                    "pointwise_loss: ", name, " of shape ", factor->sizes(),
+                    " does not expand to input of shape ", call.input.sizes());
     }
 };
 
@@ -262,15 +287,18 @@ struct Outputs {
     }
 };
 
+// Of the arguments of an operator, which can be called with any numbers.
 Call make_call(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                const OptionalTensor& pos_weight, std::int64_t kind, std::int64_t reduction,
                double parameter) {
+    TORCH_CHECK(kind >= 0 && kind <= static_cast<int>(Kind::bce_with_logits),
+                "pointwise_loss: there is no kind ", kind);
     return {input,
             target,
             weight,
             pos_weight,
             static_cast<Kind>(kind),
-            static_cast<Reduction>(reduction),
+            reduction_of("pointwise_loss", reduction),
             parameter};
 }
 
@@ -554,8 +582,6 @@ OptionalTensor covered_loss(const Call& call) {
 Tensor pointwise_loss_op(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& pos_weight, std::int64_t kind,
                          std::int64_t reduction, double parameter) {
-    TORCH_CHECK(kind >= 0 && kind <= static_cast<int>(Kind::bce_with_logits),
-                "pointwise_loss: there is no kind ", kind);
     Call const call = make_call(input, target, weight, pos_weight, kind, reduction, parameter);
     OptionalTensor loss = covered_loss(call);
     return loss ? std::move(*loss) : torch_loss(call);

@@ -45,7 +45,7 @@ __device__ __forceinline__ void update_elements(const Update<acc_t<T>>& u, const
     using A = acc_t<T>;
     constexpr int kLanes = sizeof(Access) / sizeof(T);
     constexpr int kStride = kLanes * static_cast<int>(kUpdateThreads);
-    struct Lanes {
+    struct Elements {  // of an access that is in registers: needs no alignment, as Lanes do
         T lane[kLanes];
     };
     auto const at = [](T* array, int i) -> Access& {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void update_elements(const Update<acc_t<T>>& u, const
 #pragma unroll
             for (int k = 0; k < kInFlight; ++k) {
                 if (i + k * kStride >= end) break;
-                auto g = bit_cast<Lanes>(grad[k]);
+                auto g = bit_cast<Elements>(grad[k]);
 #pragma unroll
                 for (T& x : g.lane) x = from_acc<T>(to_acc(x) / u.grad_scale);
                 grad[k] = bit_cast<Access>(g);
@@ -81,9 +81,9 @@ __device__ __forceinline__ void update_elements(const Update<acc_t<T>>& u, const
 #pragma unroll
         for (int k = 0; k < kInFlight; ++k) {
             if (i + k * kStride >= end) break;
-            auto const g = bit_cast<Lanes>(grad[k]);
-            auto p = bit_cast<Lanes>(param[k]);
-            auto b = bit_cast<Lanes>(buffer[k]);
+            auto const g = bit_cast<Elements>(grad[k]);
+            auto p = bit_cast<Elements>(param[k]);
+            auto b = bit_cast<Elements>(buffer[k]);
             with_rule(u.momentum, u.nesterov, u.weight_decay,
                       [&](auto rule) __attribute__((always_inline)) {
 #pragma unroll
@@ -129,12 +129,6 @@ struct PreciseSpan {
     std::uint64_t key;
     std::int64_t offset;  // of these elements in the parameter
     int n;
-};
-
-// Consecutive elements, read and written by one access.
-template <class T, int kLanes>
-struct alignas(kLanes * sizeof(T)) Lanes {
-    T lane[kLanes];
 };
 
 template <int kLanes, class T>

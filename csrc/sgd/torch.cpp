@@ -1,5 +1,6 @@
 // SGD for torch: reads an optimizer's parameter groups and state as Python holds them, lists what
 // the kernels cover, runs them, and hands the rest back.
+#include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
@@ -310,19 +311,29 @@ struct Range {
     Range() = default;
     Range(const void* data, std::size_t bytes)
         : begin(reinterpret_cast<std::uintptr_t>(data)), end(begin + bytes) {}
-    // Of a tensor whose elements are adjacent.
-    explicit Range(const Tensor& tensor) : Range(tensor.const_data_ptr(), tensor.nbytes()) {}
+    // From a tensor's first element to its last.
+    explicit Range(const Tensor& tensor)
+        : Range(tensor.const_data_ptr(),
+                tensor.is_contiguous() ? tensor.nbytes()
+                                       : at::detail::computeStorageNbytes(
+                                             tensor.sizes(), tensor.strides(), tensor.itemsize())) {
+    }
     explicit Range(const HeldTensor& tensor) : Range(tensor ? Range(*tensor) : Range()) {}
 
     bool overlaps(const Range& other) const { return begin < other.end && other.begin < end; }
     bool operator<(const Range& other) const { return begin < other.begin; }
 };
 
+// Torch's answer, which takes longer, is not asked where nothing is cast.
+bool can_cast(at::ScalarType from, at::ScalarType to) {
+    return from == to || c10::canCast(from, to);
+}
+
 // Raises where neither the kernels nor torch could update the parameter.
 void check_update(const Tensor& param, const Tensor& grad, const Hyperparameters& h) {
     TORCH_CHECK(at::is_expandable_to(grad.sizes(), param.sizes()), "a gradient of shape ",
                 grad.sizes(), " does not fit its parameter of shape ", param.sizes());
-    TORCH_CHECK(c10::canCast(grad.scalar_type(), param.scalar_type()), "a gradient of dtype ",
+    TORCH_CHECK(can_cast(grad.scalar_type(), param.scalar_type()), "a gradient of dtype ",
                 grad.scalar_type(), " does not fit its parameter of dtype ", param.scalar_type());
     if (param.layout() == at::kStrided && !param.is_non_overlapping_and_dense()) {
         at::assert_no_internal_overlap(param);
@@ -344,8 +355,8 @@ void check_master(const Tensor& master, const Tensor& param) {
 void check_buffer(const Tensor& buffer, const Tensor& param, const Tensor& grad) {
     TORCH_CHECK(buffer.sizes() == grad.sizes(), "a momentum_buffer of shape ", buffer.sizes(),
                 " does not fit its gradient of shape ", grad.sizes());
-    TORCH_CHECK(c10::canCast(grad.scalar_type(), buffer.scalar_type()) &&
-                    c10::canCast(buffer.scalar_type(), param.scalar_type()),
+    TORCH_CHECK(can_cast(grad.scalar_type(), buffer.scalar_type()) &&
+                    can_cast(buffer.scalar_type(), param.scalar_type()),
                 "a momentum_buffer of dtype ", buffer.scalar_type(),
                 " does not fit its parameter of dtype ", param.scalar_type());
 }
@@ -468,6 +479,32 @@ private:
         HeldTensor momentum_buffer;
         HeldTensor master_param;
     };
+    // A gradient in another layout than its parameter: copied to its entry's in its turn.
+    struct GradientCopy {
+        std::size_t entry;
+        Tensor from;
+    };
+    // A parameter that is about to become an entry.
+    struct Candidate {
+        const py::object& object;
+        const Options& options;
+        bool distributed;
+        bool unscale;
+        Tensors tensors{};
+        bool copies_grad = false;  // is to have a GradientCopy
+        Precision precision{};
+        std::uint64_t steps = 0;  // that were rounded stochastically
+        std::uint64_t key = 0;    // of stochastic rounding
+        Entry entry{};
+
+        bool has_master() const { return precision == Precision::master_weights; }
+        bool has_momentum() const { return options.h.momentum != 0; }
+        // Whether a state beside master weights can stay what it is; it is copied otherwise.
+        bool is_float_like_param(const HeldTensor& state) const {
+            return state && state->scalar_type() == at::kFloat && is_writable(*state) &&
+                   same_layout(*tensors.param, *state);
+        }
+    };
     // To be set in a parameter's state.
     struct NewState {
         py::object param;
@@ -483,6 +520,7 @@ private:
         c10::SmallVector<Tensors, 16> tensors;   // one per entry
         std::vector<EntryPrecision> precisions;  // one per entry, or none
         bool is_ordinary = true;                 // all entries
+        std::vector<GradientCopy> copies;
         std::int64_t chunks = 0;
         // In the device's memory, where it is a CUDA device: see Step and cuda_update().
         Tensor grad_scale;
@@ -495,7 +533,14 @@ private:
 
     Covered<Options> add_options(PyObject* group);
     Covered<> add(const py::object& param, const Covered<Options>& options);
-    Covered<> add_covered(const py::object& param_object, const Options& options);
+    Covered<> add_covered(const py::object& param, const Options& options);
+    // The steps of add_covered(), in their order. Up to make_state() nothing is made.
+    Covered<> find_gradient(Candidate& candidate) const;
+    Covered<> find_state(Candidate& candidate);
+    Covered<> check_tensors(Candidate& candidate) const;
+    Covered<> check_memory(Candidate& candidate) const;
+    void make_state(Candidate& candidate);
+    void list(Candidate&& candidate);
     // Borrowed; null where there is none.
     PyObject* state_of(PyObject* param);
     Share& share_on(c10::Device device);
@@ -505,6 +550,7 @@ private:
     void separate_overlapping();
     Step step_of(const Share& share) const;
     Step step_on_cuda(const Share& share) const;
+    static void copy_gradients(const Share& share);
     void run_on_cpu(const Share& share);
     void prepare_on_cuda(Share& share);
     void run_on_cuda(const Share& share);
@@ -568,169 +614,207 @@ Covered<> StepPlan::add(const py::object& param, const Covered<Options>& options
 }
 
 // A parameter that is covered is part of the plan.
-Covered<> StepPlan::add_covered(const py::object& param_object, const Options& options) {
-    HeldTensor held = local_tensor(param_object);
-    if (!held) return not_covered("a tensor subclass");
-    const Tensor& param = *held;
-    const Hyperparameters& h = options.h;
-    bool const distributed = !THPVariable_CheckExact(param_object.ptr());
-    Tensor grad;
-    if (distributed) {
-        py::object const object = param_object.attr(keys().grad);
-        if (!holds_elements(param_object)) return not_covered("a DTensor of partial sums");
-        if (!same_placements(param_object, object)) {
+Covered<> StepPlan::add_covered(const py::object& param, const Options& options) {
+    Candidate candidate{param, options, !THPVariable_CheckExact(param.ptr()), unscales()};
+    if (auto const answer = find_gradient(candidate); !answer) return answer;
+    const Tensors& found = candidate.tensors;
+    check_update(*found.param, found.grad, options.h);
+    candidate.precision = precision_of(*found.param, rounding_);
+    if (candidate.has_momentum() || candidate.precision != Precision::ordinary) {
+        if (auto const answer = find_state(candidate); !answer) return answer;
+    }
+    if (auto const answer = check_tensors(candidate); !answer) return answer;
+    if (auto const answer = check_memory(candidate); !answer) return answer;
+    make_state(candidate);
+    list(std::move(candidate));
+    return covered;
+}
+
+// The tensors of this rank, where they hold the same elements.
+Covered<> StepPlan::find_gradient(Candidate& candidate) const {
+    Tensors& found = candidate.tensors;
+    found.param = local_tensor(candidate.object);
+    if (!found.param) return not_covered("a tensor subclass");
+    if (candidate.distributed) {
+        py::object const grad = candidate.object.attr(keys().grad);
+        if (!holds_elements(candidate.object)) return not_covered("a DTensor of partial sums");
+        if (!same_placements(candidate.object, grad)) {
             return not_covered("a gradient placed unlike its parameter");
         }
-        HeldTensor const local_grad = local_tensor(object);
+        HeldTensor const local_grad = local_tensor(grad);
         if (!local_grad) return not_covered("a tensor subclass");
-        grad = *local_grad;
+        found.grad = *local_grad;
     } else {
-        grad = param.unsafeGetTensorImpl()->grad();
+        found.grad = found.param->unsafeGetTensorImpl()->grad();
     }
-    if (param.is_nested() || grad.is_nested()) return not_covered("a nested tensor");
-    check_update(param, grad, h);
+    if (found.param->is_nested() || found.grad.is_nested()) return not_covered("a nested tensor");
+    return covered;
+}
 
-    Precision const precision = precision_of(param, rounding_);
-    bool const has_master = precision == Precision::master_weights;
-    bool const is_stochastic = precision == Precision::stochastic_rounding;
-    bool const with_momentum = h.momentum != 0;
-    HeldTensor buffer;
-    HeldTensor master;
-    std::uint64_t steps = 0;
-    if (with_momentum || precision != Precision::ordinary) {
-        PyObject* const of_param = state_of(param_object.ptr());
-        if (of_param && !PyDict_Check(of_param)) return not_covered("a state that is no dict");
-        auto const find_state = [of_param](bool wanted, PyObject* key) -> PyObject* {
-            PyObject* const found = wanted && of_param ? find(of_param, key) : nullptr;
-            return found == Py_None ? nullptr : found;
-        };
-        if (PyObject* const found = find_state(with_momentum, keys().momentum_buffer)) {
-            auto local = state_tensor(param_object, found);
-            if (!local) return local.why_not();
-            buffer = *std::move(local);
-            check_buffer(*buffer, param, grad);
-        }
-        if (PyObject* const found = find_state(has_master, keys().master_param)) {
-            auto local = state_tensor(param_object, found);
-            if (!local) return local.why_not();
-            master = *std::move(local);
-            check_master(*master, param);
-        }
-        if (PyObject* const found = find_state(is_stochastic, keys().step)) {
-            steps = py::handle(found).cast<std::uint64_t>();
-        }
+Covered<> StepPlan::find_state(Candidate& candidate) {
+    PyObject* const state = state_of(candidate.object.ptr());
+    if (state && !PyDict_Check(state)) return not_covered("a state that is no dict");
+    auto const find_item = [state](bool wanted, PyObject* key) -> PyObject* {
+        PyObject* const found = wanted && state ? find(state, key) : nullptr;
+        return found == Py_None ? nullptr : found;
+    };
+    Tensors& found = candidate.tensors;
+    if (PyObject* const item = find_item(candidate.has_momentum(), keys().momentum_buffer)) {
+        auto local = state_tensor(candidate.object, item);
+        if (!local) return local.why_not();
+        found.momentum_buffer = *std::move(local);
+        check_buffer(*found.momentum_buffer, *found.param, found.grad);
     }
+    if (PyObject* const item = find_item(candidate.has_master(), keys().master_param)) {
+        auto local = state_tensor(candidate.object, item);
+        if (!local) return local.why_not();
+        found.master_param = *std::move(local);
+        check_master(*found.master_param, *found.param);
+    }
+    bool const is_stochastic = candidate.precision == Precision::stochastic_rounding;
+    if (PyObject* const item = find_item(is_stochastic, keys().step)) {
+        candidate.steps = py::handle(item).cast<std::uint64_t>();
+    }
+    return covered;
+}
 
+// Devices, dtypes and layouts.
+Covered<> StepPlan::check_tensors(Candidate& candidate) const {
+    Tensors& found = candidate.tensors;
+    const Tensor& param = *found.param;
+    const HeldTensor& buffer = found.momentum_buffer;
     std::optional<DType> const dtype = kernel_dtype(param.scalar_type());
-    bool const unscale = unscales();
     c10::Device const device = param.device();
     auto const is_elsewhere = [device](const Tensor& tensor) {
         return tensor.defined() && tensor.device() != device;
     };
-    if (is_elsewhere(grad) || (buffer && is_elsewhere(*buffer)) ||
-        (master && is_elsewhere(*master)) || is_elsewhere(options.device_lr)) {
+    if (is_elsewhere(found.grad) || (buffer && is_elsewhere(*buffer)) ||
+        (found.master_param && is_elsewhere(*found.master_param)) ||
+        is_elsewhere(candidate.options.device_lr)) {
         return not_covered("a gradient, a state or lr on another device");
     }
     if (!dtype) return not_covered("a dtype that the kernels do not compute");
-    if (grad.is_sparse()) return not_covered("a sparse gradient");
-    if (!is_writable(param) || !(unscale ? is_writable(grad) : is_ordinary(grad))) {
+    candidate.entry.dtype = *dtype;
+    if (found.grad.is_sparse()) return not_covered("a sparse gradient");
+    if (!is_writable(param) ||
+        !(candidate.unscale ? is_writable(found.grad) : is_ordinary(found.grad))) {
         return not_covered("a device or a kind of tensor without kernels");
     }
     if (!param.is_non_overlapping_and_dense()) return not_covered("a strided view as a parameter");
-    if (grad.sizes() != param.sizes() || grad.scalar_type() != param.scalar_type()) {
+    if (found.grad.sizes() != param.sizes() || found.grad.scalar_type() != param.scalar_type()) {
         return not_covered("a gradient of another shape or dtype");
     }
-    bool const first_step = with_momentum && !buffer;
-    if (buffer && !has_master &&
+    if (buffer && !candidate.has_master() &&
         (!is_writable(*buffer) || !same_layout(param, *buffer) ||
          buffer->scalar_type() != param.scalar_type())) {
         return not_covered("a momentum buffer of another dtype or layout");
     }
-    if (is_stochastic && is_capturing(device)) {
+    if (candidate.precision == Precision::stochastic_rounding && is_capturing(device)) {
         TORCH_CHECK(false,
                     "stochastic_rounding cannot be captured in a CUDA graph: every replay "
                     "would draw the same numbers");
     }
-    if (!same_layout(param, grad)) {
-        if (unscale) {  // the gradient itself is to change, not a copy
-            return not_covered("a gradient of another layout, to be unscaled in place");
-        }
-        at::NoGradGuard const no_grad;
-        grad = at::empty_like(param).copy_(grad);
+    candidate.copies_grad = !same_layout(param, found.grad);
+    if (candidate.copies_grad && candidate.unscale) {  // the gradient itself is to change
+        return not_covered("a gradient of another layout, to be unscaled in place");
     }
-    // Of a state beside master weights, which is copied where it is anything else.
-    auto const is_float_like_param = [&param](const HeldTensor& tensor) {
-        return tensor && tensor->scalar_type() == at::kFloat && is_writable(*tensor) &&
-               same_layout(param, *tensor);
-    };
-    void* const param_data = param.mutable_data_ptr();
-    void* const grad_data =
-        unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
-    auto const bytes = static_cast<std::size_t>(param.numel() * item_size(*dtype));
-    Range const of_param(param_data, bytes);
-    Range const of_grad(grad_data, bytes);
-    void* buffer_data = buffer && !has_master ? buffer->mutable_data_ptr() : nullptr;
-    Range of_buffer(buffer_data, buffer_data ? bytes : 0);
+    return covered;
+}
+
+// Elements are updated in any order, so that no array of the parameter may overlap another.
+Covered<> StepPlan::check_memory(Candidate& candidate) const {
+    Entry& entry = candidate.entry;
+    const auto& [held_param, grad, buffer, master] = candidate.tensors;
+    const Tensor& param = *held_param;
+    entry.param = param.mutable_data_ptr();
+    entry.grad =
+        candidate.unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
+    entry.extent.numel = param.numel();
+    auto const bytes = static_cast<std::size_t>(entry.extent.numel * item_size(entry.dtype));
+    Range const of_param(entry.param, bytes);
+    Range const of_grad = candidate.copies_grad ? Range(grad) : Range(entry.grad, bytes);
+    Range of_buffer;
     bool overlap = of_param.overlaps(of_grad);
-    if (has_master) {
-        if (is_float_like_param(buffer)) of_buffer = Range(*buffer);
-        Range const of_master = is_float_like_param(master) ? Range(*master) : Range();
-        overlap |= of_master.overlaps(of_param) || of_master.overlaps(of_grad) ||
-                   of_master.overlaps(of_buffer);
+    if (candidate.has_master()) {
+        if (candidate.is_float_like_param(buffer)) of_buffer = Range(*buffer);
+        if (candidate.is_float_like_param(master)) {
+            Range const of_master(*master);
+            overlap |= of_master.overlaps(of_param) || of_master.overlaps(of_grad) ||
+                       of_master.overlaps(of_buffer);
+        }
+    } else if (buffer) {
+        entry.momentum_buffer = buffer->mutable_data_ptr();
+        of_buffer = Range(entry.momentum_buffer, bytes);
     }
     if (overlap || of_buffer.overlaps(of_param) || of_buffer.overlaps(of_grad)) {
         return not_covered("a parameter, gradient or state in the memory of another");
     }
-    if (first_step) {
+    return covered;
+}
+
+// What the state lacks, and copies of what the kernels cannot write.
+void StepPlan::make_state(Candidate& candidate) {
+    Tensors& found = candidate.tensors;
+    c10::Device const device = found.param->device();
+    if (candidate.has_momentum() && !found.momentum_buffer) {
         refuse_capture(device, "momentum_buffer");
-        py::object made = empty_state(
-            param_object, has_master ? at::TensorOptions(at::kFloat) : at::TensorOptions());
-        buffer = local_tensor(made);
-        new_states_.push_back({param_object, keys().momentum_buffer, std::move(made)});
-        dampened_first_step_ |= h.dampening != 0;
+        py::object made =
+            empty_state(candidate.object, candidate.has_master() ? at::TensorOptions(at::kFloat)
+                                                                 : at::TensorOptions());
+        found.momentum_buffer = local_tensor(made);
+        candidate.entry.first_step = true;
+        new_states_.push_back({candidate.object, keys().momentum_buffer, std::move(made)});
+        dampened_first_step_ |= candidate.options.h.dampening != 0;
     }
-    if (has_master) {
+    if (candidate.has_master()) {
         // What the state holds, or a copy of it.
-        auto const keep = [&](PyObject* key, const char* name, HeldTensor& tensor) {
-            if (is_float_like_param(tensor)) return;
+        auto const keep = [&](PyObject* key, const char* name, HeldTensor& state) {
+            if (candidate.is_float_like_param(state)) return;
             refuse_capture(device, name);
-            py::object made = empty_state(param_object, at::kFloat);
+            py::object made = empty_state(candidate.object, at::kFloat);
             at::NoGradGuard const no_grad;
             HeldTensor copy = local_tensor(made);
-            copy->copy_(tensor ? *tensor : param);
-            tensor = std::move(copy);
-            new_states_.push_back({param_object, key, std::move(made)});
+            copy->copy_(state ? *state : *found.param);
+            state = std::move(copy);
+            new_states_.push_back({candidate.object, key, std::move(made)});
         };
-        keep(keys().master_param, "master_param", master);
-        if (buffer) keep(keys().momentum_buffer, "momentum_buffer", buffer);
+        keep(keys().master_param, "master_param", found.master_param);
+        if (found.momentum_buffer) {
+            keep(keys().momentum_buffer, "momentum_buffer", found.momentum_buffer);
+        }
     }
-    if (buffer && !buffer_data) buffer_data = buffer->mutable_data_ptr();
-    std::uint64_t key = 0;
-    if (is_stochastic) {
-        std::uint64_t const part = distributed ? part_number(param_object) : 0;
-        key = rounding_key(*rounding_.seed, place_ + (part << 32), steps);
-        new_states_.push_back({param_object, keys().step, py::int_(steps + 1)});
+    if (candidate.precision == Precision::stochastic_rounding) {
+        std::uint64_t const part = candidate.distributed ? part_number(candidate.object) : 0;
+        candidate.key = rounding_key(*rounding_.seed, place_ + (part << 32), candidate.steps);
+        new_states_.push_back({candidate.object, keys().step, py::int_(candidate.steps + 1)});
     }
+}
 
-    Share& share = share_on(device);
-    Entry const entry{{share.chunks, param.numel()},
-                      param_data,
-                      grad_data,
-                      buffer_data,
-                      static_cast<std::int32_t>(groups_.size() - 1),
-                      *dtype,
-                      first_step};
+void StepPlan::list(Candidate&& candidate) {
+    Entry& entry = candidate.entry;
+    Tensors& found = candidate.tensors;
+    if (found.momentum_buffer && !entry.momentum_buffer) {
+        entry.momentum_buffer = found.momentum_buffer->mutable_data_ptr();
+    }
+    Share& share = share_on(found.param->device());
+    entry.extent.first_chunk = share.chunks;
+    entry.group = static_cast<std::int32_t>(groups_.size() - 1);
     share.chunks = entry.extent.end_chunk();
+    if (candidate.copies_grad) {
+        at::NoGradGuard const no_grad;
+        Tensor from = std::exchange(found.grad, at::empty_like(*found.param));
+        entry.grad = found.grad.mutable_data_ptr();
+        share.copies.push_back({share.entries.size(), std::move(from)});
+    }
     share.entries.push_back(entry);
     if (rounding_.master_weights || rounding_.seed) {
         share.precisions.push_back(
-            {has_master ? master->mutable_data_ptr<float>() : nullptr, key, precision});
-        share.is_ordinary &= precision == Precision::ordinary;
+            {candidate.has_master() ? found.master_param->mutable_data_ptr<float>() : nullptr,
+             candidate.key, candidate.precision});
+        share.is_ordinary &= candidate.precision == Precision::ordinary;
     }
-    share.tensors.push_back(
-        {std::move(held), std::move(grad), std::move(buffer), std::move(master)});
-    if (distributed) dtensors_.push_back(THPVariable_Unpack(param_object.ptr()));
-    return covered;
+    share.tensors.push_back(std::move(found));
+    if (candidate.distributed) dtensors_.push_back(THPVariable_Unpack(candidate.object.ptr()));
 }
 
 // A dictionary keeps the order in which its items came, which mostly is that of the parameters: the
@@ -771,6 +855,11 @@ Step StepPlan::step_of(const Share& share) const {
             grad_scale_.value(),
             nullptr,
             nullptr};
+}
+
+void StepPlan::copy_gradients(const Share& share) {
+    at::NoGradGuard const no_grad;
+    for (const GradientCopy& copy : share.copies) share.tensors[copy.entry].grad.copy_(copy.from);
 }
 
 void StepPlan::run_on_cpu(const Share& share) {
@@ -846,15 +935,20 @@ void StepPlan::run_on_cuda(const Share&) {}
 
 bool StepPlan::any_overlap(const Share& share) {
     bool const in_order =  // of entries, which one thread keeps
-        !runs_on_cuda(share.device) && (share.chunks <= kGrain || at::get_num_threads() == 1);
+        !runs_on_cuda(share.device) && share.copies.empty() &&
+        (share.chunks <= kGrain || at::get_num_threads() == 1);
     if (in_order || share.entries.size() < 2) return false;
     c10::SmallVector<Range, 256> ranges;
+    auto const add = [&ranges](const Range& range) {
+        if (range.begin < range.end) ranges.push_back(range);
+    };
     for (const Tensors& of_entry : share.tensors) {
-        for (const Range& range : {Range(of_entry.param), Range(of_entry.grad),
-                                   Range(of_entry.momentum_buffer), Range(of_entry.master_param)}) {
-            if (range.begin < range.end) ranges.push_back(range);
-        }
+        add(Range(of_entry.param));
+        add(Range(of_entry.grad));
+        add(Range(of_entry.momentum_buffer));
+        add(Range(of_entry.master_param));
     }
+    for (const GradientCopy& copy : share.copies) add(Range(copy.from));
     std::stable_sort(ranges.begin(), ranges.end());  // merges runs: most arrays lie in order
     auto const overlap = [](const Range& a, const Range& b) { return a.overlaps(b); };
     return std::adjacent_find(ranges.begin(), ranges.end(), overlap) != ranges.end();
@@ -872,6 +966,9 @@ void StepPlan::separate_overlapping() {
             one.tensors.push_back(share.tensors[i]);
             if (!share.precisions.empty()) one.precisions.push_back(share.precisions[i]);
             one.is_ordinary = share.is_ordinary;
+            for (const GradientCopy& copy : share.copies) {
+                if (copy.entry == i) one.copies.push_back({0, copy.from});
+            }
         }
     }
     shares_ = std::move(separated);
@@ -886,6 +983,7 @@ void StepPlan::prepare() {
 
 void StepPlan::run() {
     for (const Share& share : shares_) {
+        if (!share.copies.empty()) copy_gradients(share);
         runs_on_cuda(share.device) ? run_on_cuda(share) : run_on_cpu(share);
         calls.fused(share.device, static_cast<std::int64_t>(share.entries.size()));
     }

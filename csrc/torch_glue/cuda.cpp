@@ -10,25 +10,33 @@
 
 namespace fusedstep {
 
+std::size_t device_number(c10::Device device) {
+    // A tensor on CUDA has a device with an index; the emulator's is the one CPU, without.
+    TORCH_INTERNAL_ASSERT(device.has_index() || device.is_cpu());
+    std::size_t const number = device.has_index() ? static_cast<std::size_t>(device.index()) : 0;
+    TORCH_CHECK(number < kMaxDevices, "fusedstep knows ", kMaxDevices, " CUDA devices, not number ",
+                number);
+    return number;
+}
+
 const DeviceLimits& device_limits(c10::Device device) {
-    constexpr int kMaxDevices = 64;
     static std::array<DeviceLimits, kMaxDevices> limits;
     static std::array<std::once_flag, kMaxDevices> known;
-    int const index = device.has_index() ? device.index() : 0;
-    TORCH_CHECK(index < kMaxDevices, "fusedstep knows ", kMaxDevices, " CUDA devices, not ", index);
-    std::call_once(known[index], [&] {
-        auto const attribute = [index](cudaDeviceAttr name) {
+    std::size_t const number = device_number(device);
+    std::call_once(known[number], [&] {
+        auto const attribute = [number](cudaDeviceAttr name) {
             int value = 0;
-            check_launch(cudaDeviceGetAttribute(&value, name, index), "device query");
+            check_launch(cudaDeviceGetAttribute(&value, name, static_cast<int>(number)),
+                         "device query");
             return value;
         };
-        limits[index] = {attribute(cudaDevAttrMultiProcessorCount),
-                         10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                             attribute(cudaDevAttrComputeCapabilityMinor),
-                         attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                         attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+        limits[number] = {attribute(cudaDevAttrMultiProcessorCount),
+                          10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                              attribute(cudaDevAttrComputeCapabilityMinor),
+                          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
     });
-    return limits[index];
+    return limits[number];
 }
 
 std::uint64_t current_capture(c10::Device device) {

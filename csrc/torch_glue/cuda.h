@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/cuda_launch.h"
@@ -39,6 +40,12 @@ inline cudaStream_t current_stream(c10::Device device) {
 #endif
 
 inline bool is_cuda(const at::Tensor& tensor) { return tensor.device().type() == kCudaDevice; }
+
+// One more than the largest number of a device that anything is kept for.
+inline constexpr std::size_t kMaxDevices = 64;
+
+// The number of a tensor's device, less than kMaxDevices; raises for a larger one.
+std::size_t device_number(c10::Device device);
 
 const DeviceLimits& device_limits(c10::Device device);
 

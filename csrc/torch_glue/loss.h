@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "core/dtype.h"
+#include "core/reduction.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/plain.h"
 #if defined(FUSEDSTEP_CUDA)
@@ -29,6 +30,12 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 inline bool is_given(const OptionalTensor& tensor) {
     return tensor.has_value() && tensor->defined();
+}
+
+// The argument of an operator, which can be called with any number; raises for what it is not.
+inline Reduction reduction_of(const char* op, std::int64_t code) {
+    TORCH_CHECK(is_reduction(code), op, ": there is no reduction ", code);
+    return static_cast<Reduction>(code);
 }
 
 // On a device that this build has kernels for; of a fake tensor too.
