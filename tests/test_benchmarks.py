@@ -1405,6 +1405,30 @@ def test_every_operation_has_cases() -> None:
             assert run_all.Options(quick=quick, ops=operation).cases
 
 
+def test_timed_steps_leave_the_network_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained on one batch it would end with a loss of 0 and subnormal momentum, which is slow."""
+    trainers = []
+    trainer = bench_train_step.Case.trainer
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        trainers.append(trainer(*arguments, **options))
+        return trainers[-1]
+
+    case = bench_train_step.Case("lenet", 1, "momentum")
+    monkeypatch.setattr(bench_train_step.Case, "trainer", noted)
+    work = case.work(suite.Session(cli.require_fusedstep(), "cpu", 1, {}))
+    timed = trainers[-len(case.implementations) :]
+    before = [[p.detach().clone() for p in one.model.parameters()] for one in timed]
+    for make in work.implementations.values():
+        for call in make():
+            for _ in range(3):
+                call()
+    for one, weights in zip(timed, before, strict=True):
+        assert all(map(torch.equal, one.model.parameters(), weights))
+        buffers = [state["momentum_buffer"] for state in one.optimizer.state.values()]
+        assert len(buffers) == len(weights) and any(buffer.any() for buffer in buffers)
+
+
 @pytest.mark.parametrize("operation", ["train_step", "data_parallel"])
 @pytest.mark.parametrize("model", bench_train_step.MODELS)
 def test_only_the_chosen_network_is_measured(operation: str, model: str) -> None:
