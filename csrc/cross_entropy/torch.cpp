@@ -166,8 +166,9 @@ Covered<at::ScalarType> covered_loss_type(const char* op, const Tensor& logits,
         return not_covered("a number of dimensions that the kernels do not walk");
     }
     if (class_count(logits) == 0) return not_covered("no classes");
-    if (class_count(logits) > kMaxClasses)
+    if (class_count(logits) > kMaxClasses) {
         return not_covered("more classes than the kernels count");
+    }
     if (!is_reduction(options.reduction)) return not_covered("an unknown reduction");
     if (!(options.label_smoothing >= 0.0 && options.label_smoothing <= 1.0)) {
         return not_covered("label_smoothing outside [0, 1]");
