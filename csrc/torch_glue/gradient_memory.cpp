@@ -20,7 +20,7 @@ namespace {
 
 // Below this the C library keeps freed memory anyway (its threshold for separate mappings).
 constexpr std::size_t kSmallest = std::size_t{128} << 10;
-constexpr std::size_t kLargestKept = std::size_t{64} << 20;
+constexpr std::size_t kLargestKept = std::size_t{1} << 30;
 
 // Linux gives huge pages unasked only where transparent_hugepage is "always"; without them 65 MB
 // are 16,000 page faults. A hint: nothing depends on the answer.
