@@ -1,7 +1,8 @@
-"""The measured parts of README.md and NOTES.md: from committed results, between two comments.
+"""The measured parts of the pages: from committed results, between two comments.
 
-<!-- measured: PART from FILE --> begins a part, <!-- end --> ends it. FILE is a file of results, or
-the budget of instructions. A part may show a plot, an SVG file beside its results.
+<!-- measured: PART from FILE --> begins a part, <!-- end --> ends it. FILE is a file of results,
+the budget of instructions, or what the long checks found. A part may show a plot, an SVG file
+beside its results.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from results import Results
 from suite import OURS, Row
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "NOTES.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "benchmarks" / "NOTES.md",
+    ROOT / "docs" / "reliability.md",
+)
 PART = re.compile(r"(<!-- measured: (\w+) from (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # The rows that a reader needs; the report has all.
@@ -214,12 +219,23 @@ def instructions(path: str) -> str:
     return page.markdown(Table("", ["", "instructions of a call"], cells))
 
 
+def long_checks(path: str) -> str:
+    cells = []
+    for check, entry in json.loads((ROOT / path).read_text()).items():
+        for what, counts in entry["found"].items():
+            found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+            cells.append([check, what, found, f"`{entry['command']}`", entry["date"]])
+    header = ["check", "of", "found", "command", "run on"]
+    return page.markdown(Table("", header, cells, prose=True))
+
+
 def of_results(write: Callable[[Results, str], str]) -> Callable[[str], str]:
     return lambda path: write(Results.load(ROOT / path), path)
 
 
 PARTS: Mapping[str, Callable[[str], str]] = {
     "instructions": instructions,
+    "checks": long_checks,
     **{
         name: of_results(write)
         for name, write in {

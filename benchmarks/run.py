@@ -2,8 +2,8 @@
 
 Into the output folder go results.json, with every sample; report.html, one page that needs nothing
 beside it; and report.md with its plots. --results makes the report of results that are there
-already, --compare adds what has changed since others, --readme writes the README's tables and plots
-from committed results.
+already, --compare adds what has changed since others, --readme writes the measured parts of the
+pages from committed results.
 """
 
 import math
@@ -87,7 +87,7 @@ class Options(cli.BenchmarkOptions):
         Path | None, Option(help="Also report the changes since this file of results.")
     ] = None
     readme: Annotated[
-        bool, Option("--readme", help="Only rewrite README.md's tables and plots.")
+        bool, Option("--readme", help="Only rewrite the measured parts of the pages.")
     ] = False
 
     def __post_init__(self) -> None:

@@ -8,10 +8,11 @@ cuda`` tests them on a card: what a test makes without naming a device lies ther
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ from typing import Any
 
 import pytest
 import torch
+
+import checks
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -48,9 +51,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="SECONDS",
         help="try each property on ever new inputs for so long, not on a fixed few",
     )
+    parser.addoption(
+        "--record", action="store_true", help="keep what passed in checks.json, for the pages"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(config))
     device = config.getoption("--device")
     if device == "emulator":
         use_emulated_package(config)
@@ -63,6 +71,29 @@ def pytest_configure(config: pytest.Config) -> None:
             "fusedstep::cross_entropy_forward", "CUDA"
         ):
             raise pytest.UsageError("--device cuda: this build of fusedstep is without CUDA")
+
+
+class Recorder:
+    """Keeps in checks.json what a run without a failure found in each file: by test what it reports
+    with `record_property`, or else how many tests passed and in how many seconds."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        given = [option for option in config.invocation_params.args if option != "--record"]
+        self.command = shlex.join(["pytest", *map(str, given)])
+        self.passed: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.reported: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        path, _, test = report.nodeid.partition("::")
+        if report.when == "call" and report.passed:
+            self.passed[path] += Counter(passed=1, seconds=round(report.duration))
+        if report.when == "teardown" and report.user_properties:
+            self.reported[path][test] = dict(report.user_properties)
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == pytest.ExitCode.OK:
+            for path, passed in self.passed.items():
+                checks.record(path, self.command, self.reported.get(path, {"": passed}))
 
 
 def use_emulated_package(config: pytest.Config) -> None:

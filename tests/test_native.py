@@ -13,6 +13,7 @@ import pytest
 
 from emulator.build import Ninja
 from native import budget, build
+from native.__main__ import read_statistics
 
 # What is said of each planted fault.
 FAULTS = {
@@ -91,6 +92,15 @@ def test_every_kernel_has_a_target() -> None:
     assert rooms == {file.parent.name for file in build.CSRC.glob("*/cpu_select.cpp")}
     sources = {file.stem for file in build.HERE.glob("fuzz_*.cpp")}
     assert sources == {f"fuzz_{target}" for target in build.TARGETS}
+
+
+def test_statistics_are_read_from_libfuzzers_log() -> None:
+    log = (
+        "#2\tINITED cov: 80 ft: 81 corp: 1/1b exec/s: 0\n"
+        "#917\tDONE   cov: 120 ft: 300 corp: 17/900b lim: 256 exec/s: 10\n"
+        "stat::number_of_executed_units: 917\nstat::peak_rss_mb: 90\n"
+    )
+    assert read_statistics(log) == {"inputs": 917, "edges": 120, "inputs kept": 17}
 
 
 # ---- The budget ----

@@ -68,11 +68,16 @@ class Explorer:
 
 
 @pytest.fixture
-def explore(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Any:
+def explore(
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Callable[[str, object], None],
+) -> Any:
     is_slow = request.config.getoption("--device") == "emulator"
     explorer = Explorer(request.config.getoption("--explore"), share=0.2 if is_slow else 1)
     yield explorer
     assert explorer.tried > 0
+    record_property("examples", explorer.tried)
     if explorer.seconds:
         with capsys.disabled():
             print(f"\n{request.node.name}: {explorer.tried} examples")
