@@ -230,6 +230,7 @@ def test_a_loss_without_memory_leaves_everything_as_it_was() -> None:
         "pointwise": lambda leaf: F.mse_loss(leaf, other).backward(),
         "there in backward": lambda leaf: F.l1_loss(leaf, other, reduction="none").sum().backward(),
     }
+    held = []  # or the next gradient would find the memory of the last
     for name, call in calls.items():
         leaf = x.clone().requires_grad_()
         copy = x.clone()
@@ -240,6 +241,7 @@ def test_a_loss_without_memory_leaves_everything_as_it_was() -> None:
         again = x.clone().requires_grad_()
         call(again)
         assert torch.equal(given, again.grad), name
+        held += [leaf, again]
     """
     )
 
