@@ -58,7 +58,7 @@ train: $(BUILT)  ## train a CNN, native torch beside fusedstep (ARGS="--help" li
 train-ddp: $(BUILT)  ## the same on two processes, with DistributedDataParallel
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 benchmarks/train_ddp.py $(ARGS)
 
-bench: $(BUILT)  ## benchmark and report in build/bench, in minutes (ARGS="--help"; without --quick: two hours)
+bench: $(BUILT)  ## benchmark and report in build/bench, in minutes (ARGS="--help"; without --quick: over an hour)
 	$(BIN)/python benchmarks/run.py $(or $(ARGS),--quick)
 
 readme: $(BUILT)  ## rewrite the measured parts of the pages from committed results
