@@ -1,4 +1,6 @@
-"""Runs cases for a command line: whom they are measured against, progress, tables, the file."""
+"""Runs the cases of a command line: chooses the other implementations, shows progress and tables,
+and writes the file of results.
+"""
 
 from __future__ import annotations
 

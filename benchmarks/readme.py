@@ -1,7 +1,7 @@
-"""The measured parts of README.md and NOTES.md: from committed results, between two comments.
+"""The measured parts of README.md and NOTES.md, written from committed results.
 
-<!-- measured: PART from FILE --> begins a part, <!-- end --> ends it. FILE is a file of results, or
-the budget of instructions. A part may show a plot, an SVG file beside its results.
+A part stands between <!-- measured: PART from FILE --> and <!-- end -->. FILE is a file of results,
+or the budget of instructions. A part may show a plot, which is an SVG file beside its results.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What every benchmark shares: a case is checked, timed against others and looked into: a row.
+"""What every benchmark shares: how a case is checked, timed against others and made into a row.
 
 A bench_*.py file defines one kind of Case and lists the cases that are worth a row. run.py runs
-all of them, gpu_check.py a part; each file also runs alone.
+all of them, gpu_check.py some of them; each file also runs alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Trains a CNN with torch's own loss and optimizer and with fusedstep's, side by side.
 
 Both networks start from the same weights and see the same batches. They step in turn, batch by
-batch, the first turn alternating, so that cache warmth and drift favour neither. A step is
-zero_grad, forward, loss, backward and update; loading its batch is timed apart.
+batch, and take turns to be first, so that a warm cache or a drift of the machine's speed favours
+neither. A step is zero_grad, forward, loss, backward and update; loading its batch is timed
+separately.
 """
 
 import copy

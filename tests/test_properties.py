@@ -1,11 +1,11 @@
 """Properties that hold for every input, tried on inputs that hypothesis makes up.
 
-The normal run tries the same few inputs each time; `make properties` tries new ones for a given
-time and says how many. A failure shows the smallest input that hypothesis can find for it.
+`make test` tries the same few inputs each time; `make properties` tries new ones for a given time
+and says how many. A failure shows the smallest input that hypothesis can find for it.
 
-Every tensor lies in a buffer of its own full of poison, and every byte of the buffer that the
-tensor does not hold, as every byte of an input, is compared after the call. Strides are whatever
-torch allows: permuted, stepped, zero, overlapping. Negative ones it does not allow (`flip` copies).
+Every tensor lies in a buffer of its own, full of poison. After the call every byte of an input, and
+every byte of a buffer around its tensor, must be unchanged. Strides are whatever torch allows:
+permuted, stepped, zero, overlapping; not negative ones, which torch has not (`flip` copies).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loads the compiled core, or says in one sentence why this torch can not have it."""
+"""Loads the compiled core, or says in one sentence why it does not fit this torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Lets torch's own names mean ours.
+"""Makes torch's own names use fusedstep.
 
-What is replaced are the functions of :mod:`torch.nn.functional`, which the modules of
-:mod:`torch.nn` call, and the methods of :class:`torch.optim.SGD`. Classes stay torch's: objects
-made before, while and after they are patched are of one class, and so are their pickles.
+Replaced are the functions of :mod:`torch.nn.functional`, which the modules of :mod:`torch.nn` call,
+and the methods of :class:`torch.optim.SGD`. The classes stay torch's: objects made before, during
+and after the patch are of the same class, and so are their pickles.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was replaced, how often each kernel ran, and what was left to torch and why."""
+"""Which names are patched, how often each kernel ran, and what was left to torch and why."""
 
 from __future__ import annotations
 

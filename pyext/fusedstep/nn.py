@@ -1,6 +1,6 @@
-"""Loss modules: subclasses of torch's own, and one that torch has not.
+"""Loss modules: subclasses of torch's own, and one that torch does not have.
 
-All are computed by :mod:`fusedstep.functional`.
+All of them call :mod:`fusedstep.functional`.
 """
 
 from __future__ import annotations

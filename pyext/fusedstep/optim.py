@@ -1,4 +1,4 @@
-"""Optimizers: subclasses of torch's own, one call into the compiled core per step."""
+"""Optimizers: subclasses of torch's own whose step is one call into the compiled core."""
 
 from __future__ import annotations
 
