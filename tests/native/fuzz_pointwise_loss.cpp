@@ -115,7 +115,7 @@ Case::Case(Choices& choices_) : choices(choices_) {
 
     input = add(args.input, dtype, false);
     target = add(args.target, args.target_dtype, false);
-    if (!args.adjacent && !is_symmetric(args.kind) && choices.one_in(2)) {
+    if (!args.adjacent && !is_of_difference(args.kind) && choices.one_in(2)) {
         weight = add(args.weight, dtype, false);
     }
     if (args.kind == Kind::weighted_bce) pos_weight = add(args.pos_weight, dtype, false);
