@@ -70,7 +70,7 @@ class FocalLoss(_WeightedLoss):
         self.ignore_index = ignore_index
 
     def extra_repr(self) -> str:
-        """Return the exponent, and what else is not the default."""
+        """Return gamma, and every other argument that is not the default."""
         shown = [f"gamma={self.gamma}"]
         if self.ignore_index != -100:
             shown.append(f"ignore_index={self.ignore_index}")
