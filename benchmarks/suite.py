@@ -27,9 +27,9 @@ from timing import Call, Measurement, Spread, measure
 OURS = "fusedstep"
 COMPILE = "compile"
 
-LARGE_COPY = "copy bandwidth"  # a floor: as many bytes as the case moves, at the rate of ...
-POINT_SECONDS = 1.5  # a guess, as Case.seconds is one: on plots nothing is compiled
-COPY_BYTES = 2**30  # ... a copy of so many, which no cache holds
+LARGE_COPY = "copy bandwidth"  # a floor: the time to copy as many bytes as the case moves
+COPY_BYTES = 2**30  # of the copy that the rate is measured with; no cache holds them
+POINT_SECONDS = 1.5  # for a point of a plot, where nothing is compiled; a guess like Case.seconds
 
 Calls = Sequence[Call]
 
