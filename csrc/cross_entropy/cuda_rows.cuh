@@ -489,8 +489,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
 
     double const divisor = a.reduction == Reduction::mean ? mean_divisor<A>(a, shared) : 1.0;
     A const upstream = static_cast<A>(1.0 / divisor);
-    Variant<double> variant = args.variant;
-    if constexpr (kDense) variant.gamma = 0;  // focal loss has no dense part
+    Variant<double> const variant = kDense ? args.variant.for_dense_targets() : args.variant;
     bool const changes_terms = !variant.is_cross_entropy();
     double loss_sum = 0;
     std::int64_t first_fault = kNoFault;

@@ -110,6 +110,9 @@ struct Variant {
 
     FUSEDSTEP_HD bool is_cross_entropy() const { return gamma == A{} && z_loss == A{}; }
 
+    // What is left of it for targets of other kinds than TargetKind::index.
+    FUSEDSTEP_HD Variant for_dense_targets() const { return {A{}, z_loss}; }
+
     template <class B>
     FUSEDSTEP_HD Variant<B> to() const {
         return {static_cast<B>(gamma), static_cast<B>(z_loss)};
