@@ -1,7 +1,8 @@
 """Builds fusedstep against the torch that is installed in this environment.
 
-CUDA is built where torch has it and there is an nvcc; a GPU is not asked for. `FUSEDSTEP_CUDA=0|1`
-decides instead, `TORCH_CUDA_ARCH_LIST` names the architectures, `MAX_JOBS` bounds the processes.
+CUDA kernels are built if torch has CUDA and there is an nvcc; no GPU is needed.
+`FUSEDSTEP_CUDA=0|1` decides it instead, `TORCH_CUDA_ARCH_LIST` names the architectures, `MAX_JOBS`
+limits the processes.
 """
 
 from __future__ import annotations

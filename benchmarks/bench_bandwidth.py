@@ -1,6 +1,6 @@
-"""What the machine's memory and caches give: copy_, exp and add_ over arrays of growing size.
+"""What the machine's memory and caches can do: copy_, exp and add_ over arrays of growing size.
 
-Their bytes per second are the ceilings that the other benchmarks' floors come from.
+The floors of the other benchmarks cannot be faster than these bytes per second.
 """
 
 import sys

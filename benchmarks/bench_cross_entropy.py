@@ -1,17 +1,22 @@
 """Cross-entropy forward and backward: fusedstep against torch, and against what the machine allows.
 
-Measured is `f(x, y).backward(); x.grad = None` on standard-normal logits x, in one interleaved run
-with the floors: the autograd round trip `x.sum().backward(); x.grad = None`, below which no small
-loss can go, and one read and one write of the logits, below which no large one can: on the CPU
-`copy_()` and `torch.exp(x)`, whose exponentials no loss is without, on CUDA as many bytes at the
-rate of a large copy. On the CPU FLOOR_ELEMENTS says where the round trip gives way to exp; on CUDA
-the floor is the one that took longer. Before that
-everyone's loss and gradient are compared with torch's in float64; who differs is not timed.
+Measured is `f(x, y).backward(); x.grad = None` on standard-normal logits x, in turns with the
+floors:
 
-On CUDA the operands, their gradients with them, rotate through more memory than the L2 cache holds.
+- the autograd round trip `x.sum().backward(); x.grad = None`: no loss of few logits can be faster;
+- one read and one write of the logits: no loss of many logits can be faster. On the CPU these are
+  `copy_()` and `torch.exp(x)`, because every such loss computes these exponentials; on CUDA it is
+  the time in which a large copy moves as many bytes.
 
-Torch has no focal loss and no z-loss: its part there is what one writes of its operators, which in
-float64 is the reference.
+On the CPU FLOOR_ELEMENTS says where the floor changes from the round trip to exp; on CUDA the floor
+is the slower of the two. Before anything is timed, the loss and the gradient of every
+implementation are compared with torch's in float64; one whose results differ is not timed.
+
+On CUDA calls rotate through operands, with their gradients, that together are larger than the L2
+cache.
+
+Torch has no focal loss and no z-loss: its part is played by the loss as one writes it with torch's
+operators, which in float64 is also the reference.
 """
 
 import math

@@ -2,10 +2,10 @@
 
 Two processes on this machine, one thread each, hold the same network in DistributedDataParallel;
 each sees a part of the batch, and gradients are averaged over gloo. Candidates, rounds and the
-check are those of bench_train_step.py: what the first steps move is compared with torch's in
-float64, on every process. A block takes as long as it takes the slowest process. The floor is the
-network alone, the averaging of its gradients included: forward, and backward from a gradient of the
-logits that is there already.
+check are those of bench_train_step.py: on every process, the weights after the first steps are
+compared with torch's in float64. The time of a block of calls is that of the slowest process. The
+floor is the network alone, with the averaging of its gradients: forward, and backward from a
+gradient of the logits that exists already.
 """
 
 import pickle

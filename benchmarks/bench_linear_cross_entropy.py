@@ -1,10 +1,11 @@
-"""A vocabulary's head: linear layer and cross-entropy, forward and backward to both its inputs.
+"""The output layer of a language model: a linear layer and cross-entropy, forward and backward.
 
-This is where implementations that fuse the layer into the loss apply: F.linear_cross_entropy, in
-torch's default and chunked by LinearCrossEntropyOptions(), and on CUDA Liger's and Apple's. They do
-not take logits. fusedstep is F.linear followed by its loss. Bytes are not counted: what limits is
-the floor, the three matrix products that no one can leave out. Before that everyone's loss and
-gradients are compared with native in float64; who differs is not timed.
+Some implementations fuse the linear layer into the loss and so never have logits in memory:
+F.linear_cross_entropy, by default and chunked by LinearCrossEntropyOptions(), and on CUDA Liger's
+and Apple's. fusedstep is F.linear followed by its loss. The floor is the three matrix products that
+no implementation can do without; bytes are not counted. Before anything is timed, the loss and both
+gradients of every implementation are compared with torch's in float64; one whose results differ is
+not timed.
 """
 
 import math

@@ -1,16 +1,19 @@
 """Pointwise losses forward and backward: fusedstep against torch, and against memory bandwidth.
 
-Measured is `f(x, t).backward(); x.grad = None` on standard-normal inputs x and targets t uniform in
-[0, 1), with the mean as the reduction, in one interleaved run with two floors. One is the autograd
-round trip `x.sum().backward(); x.grad = None`, below which no small loss can go. The other is
-`torch.add(x, t, out=g)`, below which no large one can: it moves three arrays, as a loss must that
-reads input and target once and writes the gradient once, and g is a gradient of fusedstep's, which
-lies on huge pages where the system grants them; of the exponential and the logarithm that
-binary cross-entropy computes as well it knows nothing. FLOOR_ELEMENTS says where on the CPU the one
-gives way to the other; on CUDA the floor is the one that took longer. Before that everyone's loss
-and gradient are compared with torch's in float64; who differs is not timed.
+Measured is `f(x, t).backward(); x.grad = None` with the mean as the reduction, on standard-normal
+inputs x and targets t uniform in [0, 1), in turns with two floors:
 
-On CUDA the operands rotate through more memory than the L2 cache holds.
+- the autograd round trip `x.sum().backward(); x.grad = None`: no loss of few elements is faster;
+- `torch.add(x, t, out=g)`: no loss of many elements can be faster. It moves three arrays, as a loss
+  must, which reads input and target once and writes the gradient once. g lies where fusedstep puts
+  a gradient, which is on huge pages where the system grants them. This floor does not include the
+  exponential and the logarithm of binary cross-entropy.
+
+On the CPU FLOOR_ELEMENTS says where the floor changes from the first to the second; on CUDA the
+floor is the slower of the two. Before anything is timed, the loss and the gradient of every
+implementation are compared with torch's in float64; one whose results differ is not timed.
+
+On CUDA calls rotate through operands that together are larger than the L2 cache.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""How time grows: with rows, classes, tensors, parameters and threads; each a line of a plot.
+"""How time grows with rows, classes, tensors, parameters and threads; each is a line of a plot.
 
-The cases are those of cross-entropy and SGD, and are checked and measured as those are, beside
-their floors, against torch's default; SGD also against its for-loop, foreach and fused forms.
+The cases are those of cross-entropy and of SGD, checked and measured in the same way, beside their
+floors and against torch's default; SGD also against torch's for-loop, foreach and fused forms.
 """
 
 import os

@@ -1,19 +1,21 @@
 """The SGD update: fusedstep against torch's implementations, and against memory bandwidth.
 
-Measured is the whole `optimizer.step()`, called from Python, with the gradients in place, in one
-interleaved run with the floor. Everyone updates the same parameters by the same gradients, with
-momentum buffers of their own.
+Measured is the whole `optimizer.step()`, called from Python, with the gradients in place, in turns
+with the floor. All implementations update the same parameters by the same gradients; each has
+momentum buffers of its own.
 
-On CUDA the floor is as many bytes at the rate of a large copy. On the CPU it moves the same bytes
-of the same memory as an update, in at most two calls: the parameters lie side by side in one array,
-as do their gradients, and `add_` reads both arrays and writes the first; with momentum `neg_` reads
-and writes an array of the buffers' size, the floor's own as the buffers are each optimizer's own.
-What a cache keeps from one candidate to the next, it keeps for the floor too. `add_` adds 0 times
-the gradients, which leaves the parameters as they are; both take 16-bit numbers for pairs that make
-a float32, because bytes are their measure and torch converts 16-bit numbers slowly.
+On CUDA the floor is the time in which a large copy moves as many bytes. On the CPU the floor moves
+the same bytes of the same memory as an update, in at most two calls. The parameters lie side by
+side in one array, and so do their gradients: `add_` reads both arrays and writes the first. With
+momentum, `neg_` reads and writes an array of the size of the buffers, which is the floor's own as
+each optimizer's buffers are its own. So the floor finds as much in cache as the optimizers do.
+`add_` adds 0 times the gradients, which leaves the parameters unchanged. Both calls treat pairs of
+16-bit numbers as one float32, because only the bytes matter here and torch converts 16-bit numbers
+slowly.
 
-Before that three steps of everyone's are compared with torch's for-loop in float64; who differs is
-not timed. On CUDA the operands rotate through more memory than the L2 cache holds.
+Before anything is timed, three steps of every implementation are compared with torch's for-loop in
+float64; one whose results differ is not timed. On CUDA calls rotate through operands that together
+are larger than the L2 cache.
 """
 
 import math

@@ -1,13 +1,13 @@
 """What fusedstep's SGD has beyond torch's: master_weights, stochastic_rounding, in_backward.
 
-The first two are steps on bfloat16 parameters, measured and checked as bench_sgd.py measures and
-checks others. With master weights everyone else does the same by hand: a step on float32 copies,
-gradients cast to them before it and parameters from them after it. With stochastic rounding
-everyone else rounds to nearest, and so does a floor: fusedstep's own step without the option.
+The first two are steps on bfloat16 parameters, measured and checked as in bench_sgd.py. Against
+master weights the other implementations do the same by hand: they cast the gradients to float32,
+step on float32 copies and cast these to the parameters. Against stochastic rounding they round to
+nearest, and so does the floor: fusedstep's own step without the option.
 
-in_backward is a whole training step, measured and checked as bench_train_step.py measures and
-checks others, beside fusedstep's with step() and torch's. A step at batch 1 holds little besides
-its gradients, whose peak the option lowers.
+in_backward is a whole training step, measured and checked as in bench_train_step.py, beside
+fusedstep's with step() and torch's. A step at batch 1 needs little memory besides its gradients;
+the option lowers their peak.
 """
 
 import sys

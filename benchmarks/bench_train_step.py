@@ -1,13 +1,14 @@
 """The whole training step, zero_grad to update: fusedstep's loss and optimizer against torch's.
 
-Everyone takes steps of the same network on one batch, in one interleaved run: torch's defaults,
-torch with SGD(fused=True), fusedstep, and as the floor the network alone: forward, and backward
-from a gradient of the logits that is there already. Before that the first steps of each are
-compared with torch's in float64: where a weight has moved otherwise than rounding to float32
-explains, nothing is timed. The share of loss and update is measured within steps that time these
-parts.
+Every candidate takes steps of the same network on one batch, in turns: torch's defaults, torch with
+SGD(fused=True), fusedstep, and as the floor the network alone, that is forward, and backward from a
+gradient of the logits that exists already. Before anything is timed, the first steps of each are
+compared with torch's in float64: if a weight moved differently by more than rounding to float32
+explains, nothing is timed. The share of loss and update in a step is measured in separate steps
+that time these parts.
 
-Training trains native and fusedstep from the same weights on the same batches and keeps the losses.
+Training trains torch's and fusedstep's candidate from the same weights on the same batches and
+keeps the losses.
 """
 
 import copy

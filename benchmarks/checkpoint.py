@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, between two steps, Ctrl-C or not."""
+"""Checkpoints of a run, which a crash or Ctrl-C never leaves half written or in mid-step."""
 
 from __future__ import annotations
 

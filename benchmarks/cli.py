@@ -1,4 +1,4 @@
-"""What every script's command line shares: its options are a dataclass, its errors one line."""
+"""What every script's command line shares: options are a dataclass, an error is one line."""
 
 import importlib
 import math

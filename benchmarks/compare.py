@@ -1,9 +1,10 @@
-"""What has changed between two runs, row by row, and whether it exceeds the noise.
+"""What has changed between two runs, row by row, and whether the change exceeds the noise.
 
-Compared is fusedstep's time over that of torch's default, both from one interleaved run: the speed
-of the machine, which differs from run to run, cancels. The interval is a bootstrap: both runs'
-rounds are drawn anew, with replacement, and 95 % of the changes that come out lie within it. What
-differs between runs but not between rounds, such as where memory happens to lie, it cannot see.
+Compared are ratios: fusedstep's time over that of torch's default, both from the same run. So the
+speed of the machine, which differs from run to run, cancels. The interval is a bootstrap: the
+rounds of both runs are drawn again and again, with replacement, and 95 % of the resulting changes
+lie within it. It does not include what differs between runs but not between rounds, such as where
+memory happens to lie.
 """
 
 from __future__ import annotations

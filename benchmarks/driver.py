@@ -1,4 +1,6 @@
-"""Runs cases for a command line: whom they are measured against, progress, tables, the file."""
+"""Runs the cases of a command line: chooses the other implementations, shows progress and tables,
+and writes the file of results.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,7 @@ class Options(Protocol):
 
 
 def main(options: Options) -> None:
-    """Of a bench_*.py file."""
+    """What each bench_*.py file does when it runs alone."""
     cases = options.cases
     results = measure(cases, session(options), options.json)
     for table in tables.by_operation(results):
@@ -99,33 +101,35 @@ def measure(
 
     save()
     with progress_bar() as bar:
-        _run(cases, session, results, (timed_until, until), follower(bar), save)
+        measured = _time(cases, session, results, timed_until, follower(bar), save)
+    if session.device == "cuda":
+        # Launches are counted last: the profiler may slow what follows it.
+        _look_into(measured, session, results, until)
     save()
     return results
 
 
-def _run(
+def _time(
     cases: Sequence[Case],
     session: Session,
     results: Results,
-    ends: tuple[float, float],
+    until: float,
     follow: Callable[[Progress], None],
     save: Callable[[], None],
-) -> None:
-    """What is launched on CUDA is counted last: the profiler may slow what follows it."""
+) -> list[tuple[Case, int]]:
+    """Adds rows and failures to `results`; returns the cases with a row, each with its place."""
     begin = time.monotonic()
-    timed_until, until = ends
     whole = sum(case.expected_seconds for case in cases)
     expected = 0.0
     measured: list[tuple[Case, int]] = []
     for index, case in enumerate(cases):
-        if time.monotonic() > timed_until:
+        if time.monotonic() > until:
             results.left_out.append(_name(case))
             continue
         now = time.monotonic()
         left = (now - begin) * (whole - expected) / expected if expected else None
         if left is not None:
-            left = min(left, timed_until - now)
+            left = min(left, until - now)
         follow(Progress(case, index, len(cases), left))
         outcome = session.attempt(case, partial(case.measured, session))
         if isinstance(outcome, Row):
@@ -135,17 +139,22 @@ def _run(
             results.failures[_name(case)] = outcome
         expected += case.expected_seconds
         save()
-    if session.device == "cuda":
-        for case, place in measured:
-            if time.monotonic() > until:
-                results.left_out.append(f"launches of {_name(case)}")
-                continue
-            look = partial(case.looked_into, results.rows[place], session)
-            outcome = session.attempt(case, look)
-            if isinstance(outcome, Row):
-                results.rows[place] = outcome
-            else:
-                results.failures[f"launches of {_name(case)}"] = outcome
+    return measured
+
+
+def _look_into(
+    measured: Sequence[tuple[Case, int]], session: Session, results: Results, until: float
+) -> None:
+    """Adds to the rows what is launched on CUDA."""
+    for case, place in measured:
+        if time.monotonic() > until:
+            results.left_out.append(f"launches of {_name(case)}")
+            continue
+        outcome = session.attempt(case, partial(case.looked_into, results.rows[place], session))
+        if isinstance(outcome, Row):
+            results.rows[place] = outcome
+        else:
+            results.failures[f"launches of {_name(case)}"] = outcome
 
 
 def _name(case: Case) -> str:

@@ -1,7 +1,7 @@
 """The plots of a report, each as an SVG image.
 
-One colour is one implementation everywhere; the colours are those of Okabe and Ito, which the
-colour-blind tell apart, and markers differ too.
+Each implementation has one colour in all plots. The colours are those of Okabe and Ito, which
+colour-blind readers can tell apart; the markers differ too.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Goals for the figures of a run, and whether they are met in it.
+"""Goals for the figures of a run, and whether the run meets them.
 
-ON_CPU are set for one thread; those for a card are in gpu_check.py.
+ON_CPU are set for one thread; the goals for a GPU are in gpu_check.py.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""What a CUDA card reaches: fusedstep against its copy bandwidth, torch, torch.compile and peers.
+"""What a GPU reaches: fusedstep against its copy bandwidth, torch, torch.compile and peers.
 
-The cases are those of bench_cross_entropy.py and bench_sgd.py, checked and measured as these say,
-at sizes for a card and within a time. Bytes moved are, for cross-entropy forward and backward, one
-read and one write of the logits; for a step of SGD, every parameter read and written, every
-gradient read, every momentum buffer read and written. Their share of copy bandwidth is the time
-that a large copy takes for as many bytes over fusedstep's.
+The cases are those of bench_cross_entropy.py and bench_sgd.py, checked and measured as described
+there, at sizes for a GPU and within a time limit. Bytes are counted: for cross-entropy forward and
+backward, one read and one write of the logits; for a step of SGD, every parameter read and written,
+every gradient read, every momentum buffer read and written. The share of copy bandwidth is the time
+in which a large copy moves as many bytes, divided by fusedstep's time.
 
-After the last timing torch's profiler counts launches; of backward those that follow from a
-gradient which exists already (`loss.backward()` itself launches one that makes it). A call captured
-in a CUDA graph is replayed on new values and compared, bit for bit, with an eager one.
+After all timings torch's profiler counts launches. Those of backward are counted from a gradient
+that exists already, because `loss.backward()` launches a kernel to make one. A call captured in a
+CUDA graph is replayed on new values and compared, bit for bit, with an eager call.
 
-The --json file is that of results.py, with the goals' verdicts.
+The --json file has the form of results.py, with the verdict on each goal.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
-"""Counts what calls launch on the GPU, from a trace of torch's profiler.
+"""Counts the kernels that a call launches on the GPU, from a trace of torch's profiler.
 
-The session that counts comes after everything that is timed: a profiler that has once run may slow
-later launches.
+Count after everything has been timed: once the profiler has run, later launches may be slower.
 """
 
 from __future__ import annotations

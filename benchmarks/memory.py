@@ -1,8 +1,8 @@
-"""What a call allocates: the most memory that it holds at once, and how often it asks for some.
+"""What a call allocates: the most memory that it holds at once, and how often it allocates.
 
 On the CPU both are counted from the allocations and releases that torch's profiler sees; on CUDA
-they are the caching allocator's own statistics. Page faults are the system's count: a call has them
-where its memory went back to the system after the call before.
+they are the caching allocator's own statistics. Page faults are counted by the system: a call has
+them if the memory of the call before it was returned to the system.
 """
 
 from __future__ import annotations

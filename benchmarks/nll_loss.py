@@ -1,9 +1,9 @@
-"""How far torch's NLLLoss is from its floor: whether a fused one could gain anything.
+"""How far torch's NLLLoss is from its floor: could a fused one be faster at all?
 
-Given log-probabilities, the loss reads one number a row, and its gradient is zero but for one
-number a row. The floor is therefore the autograd round trip of ten numbers and, in the same call,
-zeros in the shape of the gradient. Both are timed in one interleaved run, as the other benchmarks
-are.
+Given log-probabilities, the loss reads one number for each row, and its gradient is zero except for
+one number in each row. So the floor is the autograd round trip of ten numbers and, in the same
+call, a tensor of zeros in the shape of the gradient. Both are timed in turns, as in the other
+benchmarks.
 """
 
 import statistics

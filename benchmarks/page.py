@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that needs nothing beside it, and the same in Markdown."""
+"""The report of a run: one self-contained HTML page, and the same in Markdown."""
 
 from __future__ import annotations
 

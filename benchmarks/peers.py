@@ -1,9 +1,9 @@
-"""Who fusedstep is measured against: torch's own implementations, torch.compile and peers.
+"""What fusedstep is measured against: torch's own implementations, torch.compile and peers.
 
-Peers are called as liger-kernel 0.8.5 and quack-kernels 0.6.5 define it, and by the public
+Peers are called by the interface of liger-kernel 0.8.5 and quack-kernels 0.6.5, and by the public
 functions of apex, flash-attn, cut-cross-entropy and TransformerEngine; all of them need CUDA.
-Everyone has the settings that a user gets unasked, except where a name says otherwise, and
-everyone's results are checked: what is called wrongly is named, not timed.
+Each implementation runs with its default settings, except where its name says otherwise, and its
+results are checked: one that is called wrongly is reported, not timed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plot of a training run: the loss curves over each other, and the time per step."""
+"""The plot of a training run: both loss curves in one diagram, and the time per step."""
 
 from __future__ import annotations
 

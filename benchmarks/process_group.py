@@ -1,4 +1,4 @@
-"""The default process group of a benchmark, which ends together with its threads."""
+"""The default process group of a benchmark, which is destroyed together with its threads."""
 
 import gc
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""The measured parts of the pages: from committed results, between two comments.
+"""The measured parts of the pages, written from committed results.
 
-<!-- measured: PART from FILE --> begins a part, <!-- end --> ends it. FILE is a file of results,
-the budget of instructions, or what the long checks found. A part may show a plot, an SVG file
-beside its results.
+A part stands between <!-- measured: PART from FILE --> and <!-- end -->. FILE is a file of results,
+the budget of instructions, or what the long checks found. A part may show a plot, which is an SVG
+file beside its results.
 """
 
 from __future__ import annotations

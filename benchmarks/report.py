@@ -1,4 +1,4 @@
-"""How benchmarks show what they found: on the terminal, in tables, with units."""
+"""How benchmarks show their results: on the terminal, in tables, with units."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a run of benchmarks found, and the JSON file that keeps it.
+"""The results of a run of benchmarks, and the JSON file that keeps them.
 
 environment      where it ran, by which command and when; report.environment() has its keys
-implementations  of everyone who was compared, the package's version or why it is absent
-rows             suite.Row, every sample with it
-failures         why a case has no row
-left_out         the cases that no time was left for
+implementations  of each that was compared, the package's version or why it is absent
+rows             suite.Row, with every sample
+failures         for each case that failed, why
+left_out         the cases that there was no time for
 """
 
 from __future__ import annotations

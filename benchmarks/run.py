@@ -1,9 +1,9 @@
 """Runs every benchmark and writes a report: `make bench`.
 
-Into the output folder go results.json, with every sample; report.html, one page that needs nothing
-beside it; and report.md with its plots. --results makes the report of results that are there
-already, --compare adds what has changed since others, --readme writes the measured parts of the
-pages from committed results.
+The output folder gets results.json, with every sample; report.html, one self-contained page; and
+report.md with its plots. --results writes the report of results that exist already, --compare adds
+the changes since other results, --readme writes the measured parts of the pages from committed
+results.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""What every benchmark shares: a case is checked, timed against others and looked into: a row.
+"""What every benchmark shares: how a case is checked, timed against others and made into a row.
 
 A bench_*.py file defines one kind of Case and lists the cases that are worth a row. run.py runs
-all of them, gpu_check.py a part; each file also runs alone.
+all of them, gpu_check.py some of them; each file also runs alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from timing import Call, Measurement, Spread, measure
 OURS = "fusedstep"
 COMPILE = "compile"
 
-LARGE_COPY = "copy bandwidth"  # a floor: as many bytes as the case moves, at the rate of ...
-POINT_SECONDS = 1.5  # a guess, as Case.seconds is one: on plots nothing is compiled
-COPY_BYTES = 2**30  # ... a copy of so many, which no cache holds
+LARGE_COPY = "copy bandwidth"  # a floor: the time to copy as many bytes as the case moves
+COPY_BYTES = 2**30  # of the copy that the rate is measured with; no cache holds them
+POINT_SECONDS = 1.5  # for a point of a plot, where nothing is compiled; a guess like Case.seconds
 
 Calls = Sequence[Call]
 

@@ -1,8 +1,8 @@
-"""Times several callables against each other in one interleaved run.
+"""Times several callables against each other, in turns.
 
-Each round gives every candidate one block of calls, in an order shuffled anew, so that a drift of
-the machine's speed meets all of them alike. Ratios are taken within a round, between blocks that
-lie milliseconds apart; results are medians over the rounds, with the quartiles as their spread.
+In each round every candidate gets one block of calls, in a new random order, so that a drift of the
+machine's speed affects all of them alike. Ratios are taken within a round, between blocks that are
+milliseconds apart. Results are medians over the rounds, with the quartiles as their spread.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Trains a CNN with torch's own loss and optimizer and with fusedstep's, and compares the two.
 
-training.py says how the comparison is made. For each epoch a row: the running losses and their
-relative difference, the accuracies on the test images, the median times per step, and the native
-time over the fused one (the median over pairs of steps on the same batch).
+training.py says how the comparison is made. Each epoch prints a row: the running losses and their
+relative difference, the accuracies on the test images, the median times per step, and torch's time
+over fusedstep's (the median over pairs of steps on the same batch).
 """
 
 import sys

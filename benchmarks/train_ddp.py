@@ -4,10 +4,10 @@
 
 Both networks are wrapped in DistributedDataParallel, start from the same weights and see the same
 share of every batch; training.py and train_cnn.py say how they take turns and what the columns
-mean. Losses are summed over the processes, times are those of the first one. At the end weights are
-compared: between processes, where they have to be the same bits, and fusedstep's with native's.
-Those are equal to rounding in float64, the default; in float32 the last bits of two losses grow
-apart with every step, as they do between any two kernels.
+mean. Losses are summed over the processes, times are those of the first process. At the end weights
+are compared: between processes, where they must be the same bits, and fusedstep's with torch's.
+In float64, the default, these two are equal up to rounding; in float32 the last bits of two losses
+grow apart with every step, as they do between any two implementations.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 """Trains a CNN with torch's own loss and optimizer and with fusedstep's, side by side.
 
 Both networks start from the same weights and see the same batches. They step in turn, batch by
-batch, the first turn alternating, so that cache warmth and drift favour neither. A step is
-zero_grad, forward, loss, backward and update; loading its batch is timed apart.
+batch, and take turns to be first, so that a warm cache or a drift of the machine's speed favours
+neither. A step is zero_grad, forward, loss, backward and update; loading its batch is timed
+separately.
 """
 
 import copy
@@ -324,12 +325,20 @@ def _run_epoch(
             )
 
 
-UNDECIDED = {"data_root", "epochs", "threads", "tensorboard", "plot", "checkpoint", "resume"}
+MAY_DIFFER_ON_RESUME = {
+    "data_root",
+    "epochs",
+    "threads",
+    "tensorboard",
+    "plot",
+    "checkpoint",
+    "resume",
+}
 
 
-def _decided(config: Options) -> dict[str, str]:
-    """The options that a run has to be resumed with, by name."""
-    names = (option.name for option in fields(config) if option.name not in UNDECIDED)
+def _fixed_options(config: Options) -> dict[str, str]:
+    """The options that must be the same when a run is resumed, by name."""
+    names = (option.name for option in fields(config) if option.name not in MAY_DIFFER_ON_RESUME)
     return {name: str(getattr(config, name)) for name in names}
 
 
@@ -337,7 +346,7 @@ def _save(path: Path, config: Options, trainers: Mapping[str, Trainer], state: S
     checkpoint.save(
         path,
         {
-            "options": _decided(config),
+            "options": _fixed_options(config),
             "models": {name: trainer.model.state_dict() for name, trainer in trainers.items()},
             "optimizers": {name: t.optimizer.state_dict() for name, t in trainers.items()},
             "random": torch.get_rng_state(),
@@ -349,7 +358,7 @@ def _save(path: Path, config: Options, trainers: Mapping[str, Trainer], state: S
 
 def _restore(path: Path, config: Options, trainers: Mapping[str, Trainer], state: State) -> None:
     kept = checkpoint.load(path, config.device)
-    options = _decided(config)
+    options = _fixed_options(config)
     if not isinstance(kept, dict) or kept.get("options", {}).keys() != options.keys():
         raise cli.Refusal(f"{path} is no checkpoint of train_cnn.py")
     for name, value in kept["options"].items():

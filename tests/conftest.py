@@ -2,7 +2,7 @@
 
 ``--device cpu`` tests the CPU kernels. ``--device emulator`` tests the CUDA kernels and the CUDA
 side of each torch.cpp on the emulated device, whose tensors are torch's CPU tensors. ``--device
-cuda`` tests them on a card: what a test makes without naming a device lies there.
+cuda`` tests them on a GPU: tensors that a test makes without naming a device are made there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Installs fusedstep as users do, in environments of its own, and says what happened.
+"""Installs fusedstep as users do, in environments of its own, and reports what happened.
 
-For every interpreter and torch asked for, an environment is made with pip; into it fusedstep is
-installed in one way after another, used and removed. Where torch comes from, and so whether it is a
-CPU or a CUDA build, is pip's to know (``PIP_INDEX_URL``, ``PIP_FIND_LINKS``). What cannot be had on
-this machine is reported as not run, never as passed. Needs the standard library and git.
+For every interpreter and torch asked for, an environment is made with pip; fusedstep is installed
+into it in one way after another, used and removed. Where torch comes from, and so whether it is a
+CPU or a CUDA build, depends on pip's settings (``PIP_INDEX_URL``, ``PIP_FIND_LINKS``). What this
+machine cannot do is reported as not run, never as passed. Needs the standard library and git.
 """
 
 from __future__ import annotations

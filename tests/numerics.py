@@ -1,4 +1,4 @@
-"""What the tests of every loss share: dtypes, memory layouts, and how errors are measured."""
+"""What the tests of losses and optimizers share: dtypes, memory layouts, measures of error."""
 
 from __future__ import annotations
 

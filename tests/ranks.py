@@ -1,8 +1,8 @@
 """Processes that run one check together, as the ranks of a process group.
 
 They are started once and serve every check of a session. Each check gets a process group of its
-own, over a file, and an answer is waited for only so long: a check that fails or hangs on one rank
-fails the test and takes the processes with it; the next one gets new ones.
+own, over a file. Answers have a time limit: a check that fails or hangs on one rank fails the test
+and ends the processes; the next check gets new ones.
 """
 
 from __future__ import annotations

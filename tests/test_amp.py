@@ -50,6 +50,10 @@ def peak(device: str, work: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def test_every_loss_that_torch_has_is_in_the_table() -> None:
+    assert set(TARGETS) == {name for name in fusedstep.nn.__all__ if hasattr(nn, name)}
+
+
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_loss_holds_no_wider_copy_of_its_input(

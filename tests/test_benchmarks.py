@@ -1,4 +1,4 @@
-"""The benchmarks' own behaviour: what they train, check, measure and report; never how fast."""
+"""The benchmarks themselves: what they train, check, measure and report, but never how fast."""
 
 from __future__ import annotations
 

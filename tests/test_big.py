@@ -1,7 +1,8 @@
 """Sizes that 32 bits cannot count, and other extremes of shape: `make test-big`, one at a time.
 
-Each test says what memory it takes, and is skipped where the machine has less. Large tensors repeat
-a block whose size divides no power of two, so that an offset that wraps around meets other numbers.
+Each test says how much memory it takes, and is skipped where the machine has less. Large tensors
+repeat a block whose size divides no power of two, so that an offset that wraps around reads other
+numbers.
 """
 
 from __future__ import annotations

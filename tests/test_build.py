@@ -138,6 +138,12 @@ def test_an_unknown_command_is_refused_in_one_line() -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_run_without_a_script_asks_for_one() -> None:
+    result = python("-m", "fusedstep", "run")
+    assert result.returncode == 2
+    assert result.stderr.endswith("the following arguments are required: script\n")
+
+
 def test_another_torch_is_refused_by_name(package: Path) -> None:
     (package / "_build_info.py").write_text("torch_version = '1.13.1+cu117'\n")
     error = import_error(package)
@@ -180,6 +186,15 @@ def test_an_unbuilt_package_says_how_to_build_it(package: Path) -> None:
     (package / "_build_info.py").unlink()
     error = import_error(package)
     assert error.startswith("ImportError: fusedstep is not built")
+    assert REBUILD in error
+
+
+def test_a_core_for_another_python_is_told_as_not_built(package: Path) -> None:
+    (core,) = package.glob("_C*.so")
+    core.rename(package / "_C.cpython-39-x86_64-linux-gnu.so")
+    error = import_error(package)
+    python_version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert error.startswith(f"ImportError: fusedstep is not built for Python {python_version}")
     assert REBUILD in error
 
 

@@ -1,4 +1,4 @@
-"""train_cnn.py's checkpoints: a run that is interrupted and resumed ends with the same bits."""
+"""train_cnn.py's checkpoints: an interrupted and resumed run gives the same bits as a whole one."""
 
 from __future__ import annotations
 

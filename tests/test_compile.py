@@ -56,6 +56,10 @@ LOSSES: dict[str, tuple[str, Make, dict[str, Any]]] = {
 }
 
 
+def test_every_loss_that_torch_has_is_in_the_table() -> None:
+    assert {function for function, _, _ in LOSSES.values()} == F.stand_ins.keys()
+
+
 def pair(name: str, **options: Any) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
     """A loss of the table, ours and torch's."""
     function, _, own = LOSSES[name]

@@ -120,7 +120,9 @@ class Loss:
     reference: Callable[..., reference.CrossEntropy]
     operator: str  # and which options it takes behind the reduction and ignore_index
     operator_options: tuple[str, ...] = ()
-    options: Mapping[str, float] = field(default_factory=dict)
+    # An option of its own, with the numbers to try: the first in the matrices of this file, all of
+    # them in test_properties.py.
+    options: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     indices_only: bool = False  # and no label smoothing
 
 
@@ -138,7 +140,7 @@ LOSSES = {
         reference.cross_entropy,
         "cross_entropy_with_lse",
         ("label_smoothing", "z_loss"),
-        {"z_loss": 0.02},
+        {"z_loss": (0.02, 1e-4, 1.0, 0.0)},
     ),
     "focal_loss": Loss(
         F.focal_loss,
@@ -146,7 +148,7 @@ LOSSES = {
         reference.focal_loss,
         "focal_loss",
         ("gamma",),
-        {"gamma": 1.7},
+        {"gamma": (1.7, 2.0, 0.0, 0.3, 1.0, 5.0, 20.0)},
         indices_only=True,
     ),
 }
@@ -322,7 +324,7 @@ def draw(case: Case, device: str) -> Inputs:
         "ignore_index": case.ignore_index,
         "reduction": case.reduction,
         **({} if LOSSES[case.loss].indices_only else {"label_smoothing": case.smoothing}),
-        **LOSSES[case.loss].options,
+        **{name: numbers[0] for name, numbers in LOSSES[case.loss].options.items()},
     }
     return Inputs(logits, target, weight, grad_output, options, LOSSES[case.loss])
 

@@ -1,8 +1,8 @@
 """CUDA graphs: parts of a training step, or all of it, captured once and replayed on new numbers.
 
-What needs no card is that a captured backward pass can be replayed: it must not change in place
-what a forward pass outside its graph has saved. How single operators are captured is tested beside
-each operator.
+One part of this needs no GPU: a captured backward pass can be replayed only if it does not change
+in place what a forward pass outside its graph has saved. How single operators are captured is
+tested beside each operator.
 """
 
 from __future__ import annotations

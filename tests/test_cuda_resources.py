@@ -1,4 +1,4 @@
-"""What the compiler made of the hot CUDA kernels: everything in registers, 16 bytes an access."""
+"""What the compiler made of the hot CUDA kernels: no local memory, accesses of 16 bytes."""
 
 from __future__ import annotations
 

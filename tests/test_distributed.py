@@ -1,8 +1,8 @@
 """Training on several processes: DDP, FSDP2, distributed checkpoints, and sharded logits.
 
-Each check runs on every rank of a gloo group (nccl where there is a card for each rank). Where the
-same arithmetic is done by torch, parameters end in the same bits; where sums are cut differently,
-in another order or over other shards, the tolerance says so.
+Each check runs on every rank of a gloo group (nccl where there is a GPU for each rank). Where torch
+does the same arithmetic, parameters have to be the same bits. Where sums are taken in another order
+or over other shards, they have to agree within a stated tolerance.
 """
 
 from __future__ import annotations

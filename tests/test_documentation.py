@@ -1,6 +1,6 @@
-"""What the pages claim, as far as a program can tell: they are complete, and links lead somewhere.
+"""What can be checked about the pages: they are complete, and their links lead somewhere.
 
-Their examples are run by pytest itself, from `docs/`.
+pytest itself runs the examples in `docs/`.
 """
 
 from __future__ import annotations

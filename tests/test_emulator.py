@@ -1,5 +1,6 @@
-"""The emulator itself: its detectors fire on planted faults, and its primitives compute what CUDA's
-do. The kernels are in tests/emulator."""
+"""The emulator itself: its detectors find planted faults, and its primitives compute what CUDA's
+do. The kernels it runs are in tests/emulator.
+"""
 
 from __future__ import annotations
 

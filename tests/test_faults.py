@@ -1,4 +1,4 @@
-"""Threads, forks and memory that runs out: what happens to a program happens to no number."""
+"""Threads, forks and memory that runs out: whatever happens to the process, no number is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plumbing of `make gpu-check`, with stand-ins for what needs a GPU."""
+"""The parts of `make gpu-check` that need no GPU, with stand-ins for those that do."""
 
 from __future__ import annotations
 

@@ -190,6 +190,10 @@ def test_classes_stay_torchs() -> None:
     assert type(during) is type(before) and type(optimizer) is torch.optim.SGD
 
 
+def test_every_replaced_loss_is_in_the_table() -> None:
+    assert LOSSES.keys() == fusedstep.functional.stand_ins.keys()
+
+
 def test_signatures_are_torchs() -> None:
     import inspect
 

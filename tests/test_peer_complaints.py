@@ -1,7 +1,7 @@
 """What users of similar libraries have complained about: a test for each, from its symptom.
 
-docs/reliability.md lists the complaints by their public issue numbers with the tests, some of which
-are elsewhere; the last test here holds the list to what exists.
+docs/reliability.md lists the complaints by their public issue numbers, with their tests, some of
+which are in other files; the last test here checks that every test on the list exists.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Properties that hold for every input, tried on inputs that hypothesis makes up.
 
-The normal run tries the same few inputs each time; `make properties` tries new ones for a given
-time and says how many. A failure shows the smallest input that hypothesis can find for it.
+`make test` tries the same few inputs each time; `make properties` tries new ones for a given time
+and says how many. A failure shows the smallest input that hypothesis can find for it.
 
-Every tensor lies in a buffer of its own full of poison, and every byte of the buffer that the
-tensor does not hold, as every byte of an input, is compared after the call. Strides are whatever
-torch allows: permuted, stepped, zero, overlapping. Negative ones it does not allow (`flip` copies).
+Every tensor lies in a buffer of its own, full of poison. After the call every byte of an input, and
+every byte of a buffer around its tensor, must be unchanged. Strides are whatever torch allows:
+permuted, stepped, zero, overlapping; not negative ones, which torch has not (`flip` copies).
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ class CrossEntropyCall:
     grad_output: Numbers
     ignores: bool
     loss: str
-    parameter: float  # gamma of focal loss, z_loss of the loss that has it
+    own_options: dict[str, float]
 
     def inputs(self, device: str) -> cross_entropy.Inputs:
         loss = cross_entropy.LOSSES[self.loss]
@@ -231,22 +231,16 @@ class CrossEntropyCall:
                 "ignore_index": self.ignore_index,
                 "reduction": self.reduction,
                 **({} if loss.indices_only else {"label_smoothing": self.smoothing}),
-                **dict.fromkeys(loss.options, self.parameter),
+                **self.own_options,
             },
             loss,
         )
 
 
-PARAMETERS = {
-    "cross_entropy": (0.0,),  # it has none
-    "z_loss": (0.02, 1e-4, 1.0, 0.0),
-    "focal_loss": (2.0, 0.0, 0.3, 1.0, 1.7, 5.0, 20.0),
-}
-
-
 @st.composite
 def cross_entropy_calls(draw: st.DrawFn, loss: str, special: bool = False) -> CrossEntropyCall:
-    indices_only = cross_entropy.LOSSES[loss].indices_only
+    row = cross_entropy.LOSSES[loss]
+    indices_only = row.indices_only
     dims = draw(st.sampled_from((2, 2, 1, 3, 4, 5)))
     shape = draw(shapes(dims, largest=300 if special else 9000))
     class_dim = min(dims - 1, 1)
@@ -268,7 +262,7 @@ def cross_entropy_calls(draw: st.DrawFn, loss: str, special: bool = False) -> Cr
         reduction,
         draw(numbers(rows if reduction == "none" else ())),
         loss=loss,
-        parameter=draw(st.sampled_from(PARAMETERS[loss])),
+        own_options={name: draw(st.sampled_from(xs)) for name, xs in row.options.items()},
         ignores=not special,  # torch's gradient of an ignored row is NaN where a logit is
     )
 

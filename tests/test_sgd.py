@@ -25,10 +25,8 @@ from torch.optim.optimizer import (
 
 import reference
 from fusedstep import SGD
+from numerics import BF16, COMPUTE, DTYPES, F16, F32, F64, identical
 
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-DTYPES = (F32, F64, BF16, F16)
-identical = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 NativeSGD = partial(TorchSGD, foreach=False)  # torch's fused SGD is not right on the CPU
 
 # Either side of 4, 8, 16 and 32 lanes, of the blocks of torch's kernels, of chunks and of threads.
@@ -155,9 +153,6 @@ def test_reference_on_worked_numbers() -> None:
 
 
 # ------------------------------------------------------------------ right numbers
-
-# float64 is computed in float64, all else in float32; 16-bit results are rounded once, when stored.
-COMPUTE = {F64: F64, F32: F32, BF16: F32, F16: F32}
 
 
 def rounding(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -332,6 +332,14 @@ def test_focal_loss_counts_as_itself(gamma: float, device: str) -> None:
     F.focal_loss(logits(), labels(), gamma, weight=torch.ones(4).double())
     (calls,) = fusedstep.stats().calls
     assert (calls.operator, calls.fused, calls.fell_back) == ("focal_loss", 2, 2)
+    assert fusedstep.stats()["focal_loss"].fused == 2
+
+
+@pytest.mark.parametrize("operator", sorted({*F.__all__, "SGD"} - {"check_targets"}))
+def test_every_operator_has_counts(operator: str) -> None:
+    assert fusedstep.stats()[operator].fused == 0
+    fusedstep._C.count_fallback(operator, torch.device("cpu"), "why not")
+    assert fusedstep.stats()[operator].fallbacks == {"why not": 1}
 
 
 def test_an_unknown_operator_is_named() -> None:

@@ -276,8 +276,7 @@ struct Problem {
     T* grad;
     const A* weight;
     A smoothing;  // of an index target
-    A gamma;
-    A z_loss;
+    Variant<A> variant;
     A gradient_scale;
     A* stats;
     A* lse;
@@ -288,8 +287,6 @@ struct Problem {
         if constexpr (!Dense::kPerRow) return args.target_index[row] == args.ignore_index;
         return false;
     }
-    // Whether a row's terms are others than cross-entropy's.
-    bool changes_terms() const { return gamma != A{} || z_loss != A{}; }
     A class_weight(std::int64_t y) const { return weight ? weight[y] : A{1}; }
     Dense dense_at(std::int64_t target_offset) const {
         Dense here = dense;
@@ -318,8 +315,7 @@ Problem<T, Dense> make_problem(const Args& args, Dense dense) {
             static_cast<T*>(args.grad),
             static_cast<const A*>(args.weight),
             static_cast<A>(args.label_smoothing),
-            static_cast<A>(args.gamma),
-            static_cast<A>(args.z_loss),
+            args.variant.to<A>(),
             static_cast<A>(args.gradient_scale),
             static_cast<A*>(args.row_stats),
             static_cast<A*>(args.row_lse),
@@ -435,9 +431,9 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
             RowTerms<A> terms{
                 row_loss<RowMath>(sums.target_sum, log_sum, sums.target_dot, u_y, shifted_y),
                 sums.target_sum, u_y};
-            if (p.changes_terms()) {
+            if (!p.variant.is_cross_entropy()) {
                 RowSums<A> const of{m, sums.exp_sum, log_sum, shifted_y, row_weight};
-                change_terms<RowMath>(terms, of, p.gamma, p.z_loss);
+                change_terms<RowMath>(terms, of, p.variant);
             }
             A const scale = softmax_scale(terms.softmax, sums.exp_sum);
             write_stats(p, row, m, scale, terms.truth);
@@ -700,9 +696,9 @@ double forward_by_tile(const Problem<T, Dense>& p, const TileDense& tile_dense, 
             RowTerms<Vec<A>> terms{
                 row_loss<RowMath>(target_sum, log_sum, target_dot, truth.u, shifted_y), target_sum,
                 truth.u};
-            if (p.changes_terms()) {
+            if (!p.variant.is_cross_entropy()) {
                 RowSums<Vec<A>> const of{m, exp_sum, log_sum, shifted_y, row_weight};
-                change_terms<RowMath>(terms, of, p.gamma, p.z_loss);
+                change_terms<RowMath>(terms, of, p.variant);
                 truth.u = truth.live ? terms.truth : Vec<A>{};
             }
             Vec<A> const loss = truth.live ? terms.loss : Vec<A>{};

@@ -7,6 +7,7 @@
 
 #include "core/cpu_level.h"
 #include "core/dtype.h"
+#include "cross_entropy/math.h"
 
 namespace fusedstep::cross_entropy {
 
@@ -51,8 +52,7 @@ struct Args {
     const void* weight;      // one per class, contiguous, in acc_t; null: all one
     double weight_sum;       // of label smoothing: over all classes (classes where weight is null)
     double label_smoothing;  // in [0, 1]
-    double z_loss;           // factor of the squared log-sum-exp; 0: none
-    double gamma;            // of focal loss, of TargetKind::index alone; 0: cross-entropy
+    Variant<double> variant;
 
     // Multiplies the gradient: 1 / (sum of the rows' weights) for a mean, else 1.
     double gradient_scale;

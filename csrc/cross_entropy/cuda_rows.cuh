@@ -489,9 +489,8 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
 
     double const divisor = a.reduction == Reduction::mean ? mean_divisor<A>(a, shared) : 1.0;
     A const upstream = static_cast<A>(1.0 / divisor);
-    // Focal loss has no dense part.
-    double const gamma = kDense ? 0.0 : args.gamma;
-    bool const changes_terms = gamma != 0 || args.z_loss != 0;
+    Variant<double> const variant = kDense ? args.variant.for_dense_targets() : args.variant;
+    bool const changes_terms = !variant.is_cross_entropy();
     double loss_sum = 0;
     std::int64_t first_fault = kNoFault;
 
@@ -613,8 +612,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             if (changes_terms && !truth.fault) {
                 A const weight = truth.index >= 0 ? class_weight<A>(args, truth.index) : A{1};
                 RowSums<A> const of{m, exp_sum, log_sum, shifted_y, weight};
-                change_terms<RowMath<T>>(terms, of, static_cast<A>(gamma),
-                                         static_cast<A>(args.z_loss));
+                change_terms<RowMath<T>>(terms, of, variant.to<A>());
                 truth.u = terms.truth;
             }
         }

@@ -17,8 +17,8 @@
 // Shifting by m makes exp safe: every argument is <= 0. (torch.nn.CrossEntropyLoss documents the
 // same definitions; label smoothing is that of Szegedy et al., 2016.)
 //
-// Other losses of a row change what its sums come to, and nothing else: their gradient is
-// E exp(x_c - m) - u_c too, with other numbers for E and the true class's u_y (RowTerms).
+// The other losses of the family (Variant) change three numbers of a row and nothing else: its
+// loss, E and the true class's u_y (RowTerms). Their gradient, too, is E exp(x_c - m) - u_c.
 #pragma once
 
 #include "core/dtype.h"
@@ -102,12 +102,30 @@ FUSEDSTEP_HD void add_z_loss(RowTerms<V>& terms, const RowSums<V>& row, V z_loss
     terms.softmax += slope + slope;
 }
 
-// The losses above, where they are asked for.
+// Which loss of the family is computed: cross-entropy where every number is 0.
+template <class A>
+struct Variant {
+    A gamma;   // of focal loss, which takes TargetKind::index alone
+    A z_loss;  // factor of the squared log-sum-exp
+
+    FUSEDSTEP_HD bool is_cross_entropy() const { return gamma == A{} && z_loss == A{}; }
+
+    // What is left of it for targets of other kinds than TargetKind::index.
+    FUSEDSTEP_HD Variant for_dense_targets() const { return {A{}, z_loss}; }
+
+    template <class B>
+    FUSEDSTEP_HD Variant<B> to() const {
+        return {static_cast<B>(gamma), static_cast<B>(z_loss)};
+    }
+};
+
+// From cross-entropy's terms of a row to those of the variant.
 template <class Math, class V, class A>
-FUSEDSTEP_HD void change_terms(RowTerms<V>& terms, const RowSums<V>& row, A gamma, A z_loss) {
+FUSEDSTEP_HD void change_terms(RowTerms<V>& terms, const RowSums<V>& row,
+                               const Variant<A>& variant) {
     V const zero{};
-    if (gamma != A{}) terms = focal_terms<Math>(row, zero + gamma);
-    if (z_loss != A{}) add_z_loss(terms, row, zero + z_loss);
+    if (variant.gamma != A{}) terms = focal_terms<Math>(row, zero + variant.gamma);
+    if (variant.z_loss != A{}) add_z_loss(terms, row, zero + variant.z_loss);
 }
 
 }  // namespace fusedstep::cross_entropy

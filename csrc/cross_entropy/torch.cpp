@@ -296,8 +296,7 @@ struct KernelArgs {
     void set_terms(double z_loss, std::optional<double> gamma) {
         TORCH_CHECK(!gamma || args.target_kind == TargetKind::index,
                     "focal_loss: gamma is for class indices without label smoothing");
-        args.z_loss = z_loss;
-        args.gamma = gamma.value_or(0);
+        args.variant = {gamma.value_or(0), z_loss};
     }
 
     Outputs make_outputs(const Tensor& logits, Reduction reduction, at::ScalarType loss_dtype,

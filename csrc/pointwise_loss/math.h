@@ -30,11 +30,12 @@ enum class Kind : int {
     smooth_l1 = 2,
     huber = 3,
     bce_with_logits = 4,
-    weighted_bce = 5  // bce_with_logits where there is a pos_weight
+    weighted_bce = 5  // the last: bce_with_logits where there is a pos_weight
 };
 
-// The derivative with respect to the target is minus that with respect to the input.
-constexpr bool is_symmetric(Kind kind) {
+// Of x - t alone, so that the derivative with respect to the target is minus that with respect to
+// the input.
+constexpr bool is_of_difference(Kind kind) {
     return kind != Kind::bce_with_logits && kind != Kind::weighted_bce;
 }
 
@@ -83,7 +84,7 @@ struct Reciprocal {
 // scale is rounded once.
 template <class Math, class V>
 FUSEDSTEP_HD V gradient(Kind kind, V derivative, const Reciprocal<V>& scale, V grad_output) {
-    bool const scale_first = kind == Kind::smooth_l1 || !is_symmetric(kind);
+    bool const scale_first = kind == Kind::smooth_l1 || !is_of_difference(kind);
     return scale_first ? scale.template times<Math>(derivative) * grad_output
                        : derivative * ((scale.high + scale.low) * grad_output);
 }
@@ -122,61 +123,74 @@ FUSEDSTEP_HD V log_tail(V x) {
     }
 }
 
-// parameter: smooth_l1's beta > 0, huber's delta > 0, or weighted_bce's pos_weight of this point.
-// Math::exp(x) for x <= 0 as a sum of two numbers, .high + .low, that has yet to be rounded;
-// Math::fmadd(a, b, c) = a b + c, rounded once where the processor can; Math::Number<V>, what V
-// holds.
+// The losses below: Math::exp(x) for x <= 0 as a sum of two numbers, .high + .low, that has yet to
+// be rounded; Math::fmadd(a, b, c) = a b + c, rounded once where the processor can;
+// Math::Number<V>, what V holds.
+
+// bce_with_logits, or weighted_bce with pos_weight q.
+template <Kind kind, class Math, class V>
+FUSEDSTEP_HD Point<V> binary_cross_entropy(V x, V t, V q) {
+    V const zero{};
+    V const one = zero + 1;
+    // 1 + e = -(minus_sum + minus_lost) and, each a quotient and its remainder's:
+    // e / (1 + e) = sigmoid(-|x|) and 1 / (1 + e) = sigmoid(|x|).
+    auto const e = Math::exp(x < -x ? x : -x);
+    V const rounded = e.high + e.low;
+    V const minus_sum = -one - rounded;
+    // Of so small an e the square adds nothing, but might be subnormal, which a processor may take
+    // a hundred cycles for.
+    using Number = typename Math::template Number<V>;
+    constexpr double kSmall = std::is_same_v<Number, double> ? 0x1p-120 : 0x1p-58;
+    auto const small = e.high < static_cast<Number>(kSmall);
+    V const minus_lost = small ? zero : ((-one - minus_sum) - e.high) - e.low;
+    V const inverse = -one / minus_sum;
+    V const quotient = rounded * inverse;
+    V const remainder =
+        Math::fmadd(quotient, minus_lost, Math::fmadd(quotient, minus_sum, e.high) + e.low);
+    V const larger_remainder =
+        Math::fmadd(inverse, minus_lost, Math::fmadd(inverse, minus_sum, one));
+    V const sigmoid = Math::fmadd(x < zero ? remainder : larger_remainder, inverse,
+                                  x < zero ? quotient : inverse);
+    // log(1 + e) = -log(1 - quotient) + remainder, to first order, = quotient + tail
+    V const squared = small ? zero : quotient;
+    V const tail = Math::fmadd(squared * squared, log_tail<Math>(quotient), remainder);
+    V const log_sum = quotient + tail;
+    if constexpr (kind == Kind::bce_with_logits) {
+        // (1 - t) x + max(-x, 0), without the terms that cancel where x < 0
+        return {log_sum + (x < zero ? -t : one - t) * x, sigmoid - t};
+    }
+    V const weighted = q * t;
+    V const softplus = log_sum + (x < zero ? -x : zero);
+    return {(one - t) * x + (one + (q - one) * t) * softplus,
+            (one - t + weighted) * sigmoid - weighted};
+}
+
+// The losses of d = x - t alone. parameter: smooth_l1's beta > 0 or huber's delta > 0.
+template <Kind kind, class V>
+FUSEDSTEP_HD Point<V> loss_of_difference(V d, V parameter) {
+    V const zero{};
+    V const magnitude = d < zero ? -d : d;
+    if constexpr (kind == Kind::l1) return {magnitude, sign(d)};
+    if constexpr (kind == Kind::mse) return {d * d, d};
+    V const half = zero + 0.5f;
+    if constexpr (kind == Kind::smooth_l1) {
+        return {magnitude < parameter ? half * d * d / parameter : magnitude - half * parameter,
+                magnitude >= parameter ? (d < zero ? -parameter : parameter) : d};
+    }
+    if constexpr (kind == Kind::huber) {
+        return {magnitude <= parameter ? half * d * d : parameter * (magnitude - half * parameter),
+                magnitude >= parameter ? (d < zero ? -parameter : parameter) : d};
+    }
+}
+
+// A loss of one input x and one target t. parameter: beta, delta, or weighted_bce's pos_weight of
+// this point.
 template <Kind kind, class Math, class V>
 FUSEDSTEP_HD Point<V> evaluate(V x, V t, V parameter) {
-    V const zero{};
-    if constexpr (!is_symmetric(kind)) {
-        V const one = zero + 1;
-        // 1 + e = -(minus_sum + minus_lost) and, each a quotient and its remainder's:
-        // e / (1 + e) = sigmoid(-|x|) and 1 / (1 + e) = sigmoid(|x|).
-        auto const e = Math::exp(x < -x ? x : -x);
-        V const rounded = e.high + e.low;
-        V const minus_sum = -one - rounded;
-        // Of so small an e the square adds nothing, but might be subnormal, which a processor may
-        // take a hundred cycles for.
-        using Number = typename Math::template Number<V>;
-        constexpr double kSmall = std::is_same_v<Number, double> ? 0x1p-120 : 0x1p-58;
-        auto const small = e.high < static_cast<Number>(kSmall);
-        V const minus_lost = small ? zero : ((-one - minus_sum) - e.high) - e.low;
-        V const inverse = -one / minus_sum;
-        V const quotient = rounded * inverse;
-        V const remainder =
-            Math::fmadd(quotient, minus_lost, Math::fmadd(quotient, minus_sum, e.high) + e.low);
-        V const larger_remainder =
-            Math::fmadd(inverse, minus_lost, Math::fmadd(inverse, minus_sum, one));
-        V const sigmoid = Math::fmadd(x < zero ? remainder : larger_remainder, inverse,
-                                      x < zero ? quotient : inverse);
-        // log(1 + e) = -log(1 - quotient) + remainder, to first order, = quotient + tail
-        V const squared = small ? zero : quotient;
-        V const tail = Math::fmadd(squared * squared, log_tail<Math>(quotient), remainder);
-        V const log_sum = quotient + tail;
-        if constexpr (kind == Kind::bce_with_logits) {
-            // (1 - t) x + max(-x, 0), without the terms that cancel where x < 0
-            return {log_sum + (x < zero ? -t : one - t) * x, sigmoid - t};
-        }
-        V const weighted = parameter * t;
-        V const softplus = log_sum + (x < zero ? -x : zero);
-        return {(one - t) * x + (one + (parameter - one) * t) * softplus,
-                (one - t + weighted) * sigmoid - weighted};
+    if constexpr (is_of_difference(kind)) {
+        return loss_of_difference<kind>(x - t, parameter);
     } else {
-        V const d = x - t;
-        V const magnitude = d < zero ? -d : d;
-        if constexpr (kind == Kind::l1) return {magnitude, sign(d)};
-        if constexpr (kind == Kind::mse) return {d * d, d};
-        V const half = zero + 0.5f;
-        if constexpr (kind == Kind::smooth_l1) {
-            return {magnitude < parameter ? half * d * d / parameter : magnitude - half * parameter,
-                    magnitude >= parameter ? (d < zero ? -parameter : parameter) : d};
-        }
-        if constexpr (kind == Kind::huber) {
-            return {
-                magnitude <= parameter ? half * d * d : parameter * (magnitude - half * parameter),
-                magnitude >= parameter ? (d < zero ? -parameter : parameter) : d};
-        }
+        return binary_cross_entropy<kind, Math>(x, t, parameter);
     }
 }
 

@@ -56,7 +56,7 @@ using torch::autograd::variable_list;
 
 // ---- What is covered ----
 
-// In the order of Kind, as far as users choose one.
+// In the order of Kind, without weighted_bce, which is bce_with_logits to users.
 std::array<CallCounter, 5> counters{{CallCounter("l1_loss"), CallCounter("mse_loss"),
                                      CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
                                      CallCounter("binary_cross_entropy_with_logits")}};
@@ -136,7 +136,7 @@ Covered<at::ScalarType> covered_loss_type(const Call& call) {
         if (auto const answer = covered_factor(*factor, input); !answer) return answer.why_not();
     }
     if (target.requires_grad()) {
-        if (!is_symmetric(kind)) return not_covered("a target that requires a gradient");
+        if (!is_of_difference(kind)) return not_covered("a target that requires a gradient");
         if (target.scalar_type() != input.scalar_type()) {
             return not_covered("a target of another dtype that requires a gradient");
         }
@@ -291,7 +291,7 @@ struct Outputs {
 Call make_call(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                const OptionalTensor& pos_weight, std::int64_t kind, std::int64_t reduction,
                double parameter) {
-    TORCH_CHECK(kind >= 0 && kind <= static_cast<int>(Kind::bce_with_logits),
+    TORCH_CHECK(static_cast<std::size_t>(kind) < counters.size(),
                 "pointwise_loss: there is no kind ", kind);
     return {input,
             target,

@@ -1,7 +1,7 @@
-"""The training step around a network, fused: loss forward, loss backward, SGD update.
+"""The part of a PyTorch training step that lies around the network, fused: loss and SGD update.
 
-The losses and ``SGD`` are drop-ins for torch's classes of the same names (``FocalLoss`` has no
-such class). :func:`patch` lets torch's own names mean them; :func:`stats` tells what ran.
+The losses and ``SGD`` are drop-ins for torch's classes of the same names; ``FocalLoss`` is one that
+torch does not have. :func:`patch` makes torch's own names use them; :func:`stats` says what ran.
 """
 
 from fusedstep._compatibility import check_torch as _check_torch

@@ -102,7 +102,8 @@ def main() -> None:
     )
     script.add_argument("-m", "--module", action="store_true", help="the script is a module's name")
     script.add_argument("script")
-    script.add_argument("argument", nargs=argparse.REMAINDER)
+    rest = script.add_argument("argument", nargs=argparse.REMAINDER)
+    rest.required = False  # as it is from Python 3.13 on: there may be no argument
     arguments = parser.parse_args()
     if arguments.command == "run":
         run(

@@ -1,8 +1,9 @@
-"""Loads the compiled core, or says in one sentence why this torch can not have it."""
+"""Loads the compiled core, or says in one sentence why it does not fit this torch."""
 
 from __future__ import annotations
 
 import importlib
+import sys
 
 import torch
 
@@ -16,8 +17,8 @@ def check_torch() -> None:
     """Import ``fusedstep._C``.
 
     Raises:
-        ImportError: fusedstep is not built, or was built for another torch; the message says which,
-            and the command that mends it.
+        ImportError: fusedstep is not built, or was built for another torch or Python. The message
+            says which, and has the command that builds it.
     """
     mend = "pip install --no-build-isolation --force-reinstall --no-deps <path to fusedstep>"
     try:
@@ -34,6 +35,10 @@ def check_torch() -> None:
     try:
         importlib.import_module("fusedstep._C")
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "fusedstep._C":
+            python = ".".join(map(str, sys.version_info[:2]))
+            not_built = f"fusedstep is not built for Python {python}. Build it with: {mend}"
+            raise ImportError(not_built) from error
         # Of another torch, or of a build of the same torch without CUDA or with another one.
         if any(sign in str(error) for sign in ("undefined symbol", "cannot open shared object")):
             raise ImportError(mismatch) from error

@@ -1,8 +1,8 @@
-"""Lets torch's own names mean ours.
+"""Makes torch's own names use fusedstep.
 
-What is replaced are the functions of :mod:`torch.nn.functional`, which the modules of
-:mod:`torch.nn` call, and the methods of :class:`torch.optim.SGD`. Classes stay torch's: objects
-made before, while and after they are patched are of one class, and so are their pickles.
+Replaced are the functions of :mod:`torch.nn.functional`, which the modules of :mod:`torch.nn` call,
+and the methods of :class:`torch.optim.SGD`. The classes stay torch's: objects made before, during
+and after the patch are of the same class, and so are their pickles.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _get_preparation_data = multiprocessing.spawn.get_preparation_data
 
 
 def _patched_preparation_data(name: str) -> dict[str, Any]:
-    """What a process that is spawned hears first: be patched too, as one that is forked is."""
+    """Add to what a spawned process is told first: be patched, as a forked process is."""
     return {**_get_preparation_data(name), "fusedstep": _PatchedProcess()}
 
 
@@ -89,7 +89,7 @@ _before: list[Any] | None = None  # what the replacements replaced, while they d
 
 
 def replaced() -> tuple[str, ...]:
-    """The public names of torch that mean ours at the moment."""
+    """The public names of torch that are patched at the moment."""
     if _before is None:
         return ()
     return tuple(
@@ -120,33 +120,35 @@ def _update() -> None:
 
 
 def _prepare_torch() -> None:
-    """Let torch do what it does once, and what must not be done with ours in the place of its own.
+    """Let torch do what it does once in a process, before its functions are replaced.
 
-    The first optimizer of a class has its ``step`` wrapped, for hooks; and the first one of all
-    loads torch's compiler, which makes a table of torch's functions.
+    When the first optimizer of a class is made, torch wraps the class's ``step``, for hooks. When
+    the first optimizer of all is made, torch loads its compiler, which makes a table of torch's
+    functions.
     """
     torch.optim.SGD([torch.empty(0, device="cpu")])
 
 
 def patch() -> None:
-    """Let torch's own names mean ours, until :func:`unpatch`.
+    """Make torch's own losses and SGD use fusedstep's kernels, until :func:`unpatch`.
 
     From then on :func:`torch.nn.functional.cross_entropy`, ``l1_loss``, ``mse_loss``,
     ``smooth_l1_loss``, ``huber_loss`` and ``binary_cross_entropy_with_logits`` are those of
-    :mod:`fusedstep.functional`, and so :class:`torch.nn.CrossEntropyLoss` and the other modules,
-    which call them, compute what :mod:`fusedstep.nn` does; and every :class:`torch.optim.SGD` steps
-    as :class:`fusedstep.SGD` does. The classes stay torch's own, so that this holds for objects and
-    subclasses made earlier and for classes imported earlier, ``isinstance`` tells what it told, and
-    a pickle or a checkpoint is loaded where fusedstep is not installed.
+    :mod:`fusedstep.functional`. :class:`torch.nn.CrossEntropyLoss` and the other modules call
+    these, so they compute what :mod:`fusedstep.nn` does. Every :class:`torch.optim.SGD` steps as
+    :class:`fusedstep.SGD` does. The classes stay torch's own. So this also applies to objects,
+    subclasses and imported classes from before the call, ``isinstance`` gives the same answers, and
+    a pickle or a checkpoint can be loaded where fusedstep is not installed.
 
-    Two things taken from torch earlier stay torch's own: a function imported by name
-    (``from torch.nn.functional import cross_entropy``), and the ``step`` of an optimizer to which
-    an LR scheduler was attached. Taken while patched they stay ours.
+    Two things that a program took from torch before the call stay torch's: a function imported by
+    name (``from torch.nn.functional import cross_entropy``), and the ``step`` of an optimizer to
+    which an LR scheduler was attached. If it takes them while torch is patched, they stay
+    fusedstep's after :func:`unpatch`.
 
-    Calling it again changes nothing. It holds for all threads, for processes that are forked, and
-    for those that :mod:`multiprocessing` spawns. Code that ``torch.compile`` has compiled stays
-    what it was when it was compiled; ``torch.jit.script`` compiles torch's own functions, and
-    ``torch.jit.trace`` records them.
+    Calling it again changes nothing. It applies to all threads, to processes that are forked, and
+    to those that :mod:`multiprocessing` spawns. It does not change code that ``torch.compile`` has
+    compiled before. ``torch.jit.script`` compiles torch's own functions, and ``torch.jit.trace``
+    records them.
     """
     global _on
     with _lock:
@@ -155,10 +157,10 @@ def patch() -> None:
 
 
 def unpatch() -> None:
-    """Let torch's names mean what they did before :func:`patch`.
+    """Undo :func:`patch`.
 
-    Inside a :func:`patched` block they do at the end of the block. Without :func:`patch` before,
-    it does nothing.
+    Inside a :func:`patched` block this happens at the end of the block. If torch is not patched, it
+    does nothing.
     """
     global _on
     with _lock:
@@ -170,8 +172,8 @@ def unpatch() -> None:
 def patched() -> Iterator[None]:
     """Do what :func:`patch` does, inside a ``with`` block or, as ``@patched()``, a function.
 
-    Blocks nest, and may overlap in several threads: torch's names mean ours, in every thread, until
-    the last block is left.
+    Blocks may be nested, and may overlap in several threads: torch stays patched, in every thread,
+    until the last block is left.
     """
     global _blocks
     with _lock:

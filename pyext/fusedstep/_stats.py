@@ -1,4 +1,4 @@
-"""What was replaced, how often each kernel ran, and what was left to torch and why."""
+"""Which names are patched, how often each kernel ran, and what was left to torch and why."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from fusedstep import _C, _patch, functional
 
 __all__ = ["Calls", "Stats", "reset_stats", "stats"]
 
+_OPERATORS = {*functional.__all__, "SGD"} - {"check_targets"}  # those that count their calls
+
 
 @dataclass(frozen=True)
 class Calls:
     """The calls of one operator on one kind of device.
 
     Attributes:
-        operator: Its name in :mod:`torch.nn.functional` (``smooth_l1_loss`` with a ``beta`` of 0
+        operator: Its name in :mod:`fusedstep.functional` (``smooth_l1_loss`` with a ``beta`` of 0
             is ``l1_loss``); or ``"SGD"``, a call of which is the update of one parameter.
         device: Such as ``"cpu"`` or ``"cuda"``.
         fused: How many our kernels computed.
@@ -38,11 +40,11 @@ class Calls:
 
 @dataclass(frozen=True)
 class Stats:
-    """A summary; ``print()`` shows it as a table.
+    """What :func:`stats` returns; ``print()`` shows it as a table.
 
     Attributes:
         calls: Those of every operator on every kind of device where it was called.
-        replaced: The names of torch that mean ours at the moment.
+        replaced: The names of torch that are patched at the moment.
     """
 
     calls: tuple[Calls, ...]
@@ -54,7 +56,7 @@ class Stats:
         Raises:
             KeyError: There is no such operator.
         """
-        if operator not in {*functional.stand_ins, "SGD"}:
+        if operator not in _OPERATORS:
             raise KeyError(operator)
         ours = [c for c in self.calls if c.operator == operator]
         fallbacks: dict[str, int] = {}
@@ -94,13 +96,13 @@ class Stats:
 
 
 def stats() -> Stats:
-    """What was replaced, and what the calls of this process became since the last reset.
+    """Return what is patched, and what became of the calls of this process since the last reset.
 
-    The kernels count where they run, be it called by Python, by :class:`torch.optim.SGD` while it
-    is patched, or by a program that ``torch.compile`` has made. What falls back is counted, with
-    the reason, where that is decided: in a compiled program each time it is traced, not when it
-    runs. Not counted is what never reaches us: a call that raises an error, ``torch.optim.SGD``
-    inside a compiled program, which is torch's own, and other processes.
+    Every run of a kernel is counted, whether Python called it, or :class:`torch.optim.SGD` while it
+    is patched, or a program that ``torch.compile`` has made. A fallback is counted with its reason
+    when it is decided: in a compiled program that is each time it is traced, not when it runs. Not
+    counted are calls that raise an error, ``torch.optim.SGD`` inside a compiled program, which is
+    torch's own, and calls of other processes.
     """
     calls = tuple(Calls(*counts) for counts in _C.call_counts())
     return Stats(calls, _patch.replaced())

@@ -1,9 +1,9 @@
-"""Cross-entropy of logits that lie on several ranks.
+"""Cross-entropy of logits that are spread over several ranks.
 
-:func:`fusedstep.functional.cross_entropy` comes here with a
+:func:`fusedstep.functional.cross_entropy` calls this module for a
 :class:`~torch.distributed.tensor.DTensor`; :func:`vocab_parallel_cross_entropy` is for programs
-that keep their shards themselves. Each rank's part is computed by the kernels. What ranks tell each
-other is three numbers for each row whose classes are spread, and one number for a mean.
+that keep their shards themselves. The kernels compute each rank's part. Ranks exchange three
+numbers for each row whose classes are spread, and one number for a mean.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 _WITHOUT_WEIGHT = {"l1_loss", "mse_loss", "huber_loss"}  # whose weight is torch's to compute
 
 _REDUCTIONS = ("none", "mean", "sum")  # each at its code
-_TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while a graph is made of a program
+_TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while torch traces a program
 
 
 def cross_entropy(
@@ -94,22 +94,23 @@ def cross_entropy(
         ``(N, d1, ..., dK)``, in the dtype of ``input``: float32 for 16-bit logits under autocast.
 
     Raises:
-        IndexError: A class index is out of range. On CUDA, where nobody waits for the targets to be
-            known, the loss and the gradient of such a row are NaN, and the next call on that device
-            raises, or :func:`check_targets`; nothing is read or written outside the tensors, and
-            the CUDA context stays intact.
+        IndexError: A class index is out of range. On CUDA the call does not wait for the targets to
+            be known: the loss and the gradient of such a row are NaN, and the next call on that
+            device raises, or :func:`check_targets`. Nothing is read or written outside the tensors,
+            and the CUDA context stays intact.
         ValueError: ``reduction`` is unknown, or the batch sizes of ``input`` and ``target`` differ.
         RuntimeError: Shapes or dtypes do not fit together.
 
-    With ``reduction="none"``, and for 16-bit logits, the backward pass may read the logits again:
-    changing them in place in between raises autograd's RuntimeError, where torch would not notice.
+    With ``reduction="none"``, and for 16-bit logits, the backward pass may read the logits again.
+    If they were changed in place in between, it raises autograd's RuntimeError; torch's own would
+    not notice.
 
-    On CUDA the loss with its reduction is one kernel, which also computes the gradient where that
-    is done in the forward pass; the backward pass is at most one more. Neither waits for the
+    On CUDA the loss with its reduction is one kernel, which computes the gradient as well where
+    that is done in the forward pass. The backward pass is at most one more. Neither waits for the
     device, and both can be captured in a CUDA graph.
 
-    Logits that are a :class:`torch.distributed.tensor.DTensor` are computed where they lie, also
-    with their classes sharded: :func:`fusedstep.distributed.cross_entropy` says how.
+    If the logits are a :class:`torch.distributed.tensor.DTensor`, each rank computes its part, also
+    where the classes are sharded: :func:`fusedstep.distributed.cross_entropy` says how.
 
     Arguments outside the above (other devices, other tensor subclasses, ``torch.func`` transforms,
     forward-mode differentiation, a ``target`` or ``weight`` that requires a gradient) go to torch's
@@ -176,7 +177,7 @@ def cross_entropy_with_lse(
     zero: Chowdhery et al., 2022, section 5.)
 
     Args:
-        input: See :func:`cross_entropy`, as for the arguments that are not listed here.
+        input: Logits; see :func:`cross_entropy`, also for the arguments that are not listed here.
         z_loss: A finite factor, not negative.
 
     Returns:
@@ -227,7 +228,7 @@ def focal_loss(
     better they are classified. ``gamma=0`` is :func:`cross_entropy`.
 
     Args:
-        input: Logits; see :func:`cross_entropy`, as for the arguments that are not listed here.
+        input: Logits; see :func:`cross_entropy`, also for the arguments that are not listed here.
         target: Class indices (int64 or uint8).
         gamma: A finite exponent, not negative.
         weight: One factor per class, of shape ``(C)`` (the paper's alpha).
@@ -260,17 +261,17 @@ def focal_loss(
 
 
 def check_targets(device: torch.device | str | int | None = None) -> None:
-    """Wait for a CUDA device and raise for a class index out of range that a loss met on it.
+    """Wait for a CUDA device, and raise if a loss on it met a class index that is out of range.
 
-    :func:`cross_entropy` on CUDA does not wait for its targets to be known, so that its IndexError
-    comes with the next call; this raises it now, for instance at the end of an epoch.
+    :func:`cross_entropy` on CUDA does not wait for its targets to be known, so its IndexError comes
+    with the next call. This function raises it now, for instance at the end of an epoch.
 
     Args:
         device: A CUDA device; by default the current one. On others there is nothing to check.
 
     Raises:
-        IndexError: A target was neither ``ignore_index`` nor in ``[0, C)``: names the first such
-            row, flattened, and its value. Raised once.
+        IndexError: A target was neither ``ignore_index`` nor in ``[0, C)``. The message names the
+            first such row, counted over all rows, and its value. Each error is raised once.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -490,10 +491,10 @@ def _from_kernels(loss: Callable[..., _Result | None], *args: Any) -> _Result | 
 
 
 def _despite_default_device(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
-    """Ask the core again if it declined only because ``torch.set_default_device`` is in force.
+    """Call the core again if it declined only because of ``torch.set_default_device``.
 
-    That is a function mode, which the core leaves to torch. It places new tensors, and a loss makes
-    none that could lie elsewhere.
+    That is a function mode, and the core leaves calls under function modes to torch. But this mode
+    only says where new tensors are made, and those of a loss are made where its input is.
     """
     if not _only_default_device_is_active():
         return None
@@ -509,12 +510,12 @@ def _only_default_device_is_active() -> bool:
 
 
 def _is_traced(input: Tensor) -> bool:
-    """Whether a graph is made of the program, which is to show operators."""
+    """Whether torch traces the program, so that the call has to be one of an operator."""
     return is_compiling() or type(input) in _TRACED
 
 
 def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor; nothing can be one before its module has been imported."""
+    """Whether it is a DTensor, without importing the module if nobody has."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -522,9 +523,9 @@ def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
 def _from_torch(
     ours: Callable[..., Tensor], operands: tuple[Tensor, ...], **options: Any
 ) -> Tensor:
-    """Let a function mode see our function, and torch compute what the kernels do not cover.
+    """Let torch compute what the kernels do not cover, or a function mode handle our function.
 
-    What the compiled core has looked at, it has counted; the rest is counted here.
+    Calls that the compiled core declined are counted there; the others are counted here.
     """
     name = ours.__name__
     tensors = [t for t in (*operands, *options.values()) if isinstance(t, Tensor)]
@@ -547,9 +548,9 @@ def _from_torch(
 
 
 def _under_torchs_name(ours: FunctionType) -> FunctionType:
-    """A twin of our function that is pickled as torch's of the same name.
+    """A copy of our function that is pickled as torch's function of the same name.
 
-    So what refers to it is loaded where fusedstep is not installed, and means torch's there.
+    So a pickle that refers to it can be loaded where fusedstep is not installed, and gets torch's.
     """
     twin = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__)
     twin.__dict__.update(ours.__dict__)

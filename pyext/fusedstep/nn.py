@@ -1,6 +1,6 @@
-"""Loss modules: subclasses of torch's own, and one that torch has not.
+"""Loss modules: subclasses of torch's own, and one that torch does not have.
 
-All are computed by :mod:`fusedstep.functional`.
+All of them call :mod:`fusedstep.functional`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class FocalLoss(_WeightedLoss):
         self.ignore_index = ignore_index
 
     def extra_repr(self) -> str:
-        """Return the exponent, and what else is not the default."""
+        """Return gamma, and every other argument that is not the default."""
         shown = [f"gamma={self.gamma}"]
         if self.ignore_index != -100:
             shown.append(f"ignore_index={self.ignore_index}")

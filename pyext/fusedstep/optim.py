@@ -1,4 +1,4 @@
-"""Optimizers: subclasses of torch's own, one call into the compiled core per step."""
+"""Optimizers: subclasses of torch's own whose step is one call into the compiled core."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def _outside_graphs(function: _Step) -> _Step:
 
 
 def _profile_hook_step(step: _Step) -> _Step:
-    """Do what :meth:`Optimizer.profile_hook_step` does, and just the update where that is all."""
+    """Do what :meth:`Optimizer.profile_hook_step` does, at no cost if nobody watches the step.
+
+    That is, if there are no hooks, no profiler and no arguments, only the update runs.
+    """
     profiled = Optimizer.profile_hook_step(step)
 
     @_outside_graphs
@@ -107,9 +110,10 @@ class _IfStepIsOurs:
 
 
 def _unscaled_grad(param: Tensor, grad_scale: float, master: Tensor) -> Tensor:
-    """The gradient, divided in place; where the parameter has a master weight, of that one's dtype.
+    """The gradient divided by the scale, in the master weight's dtype if there is a master weight.
 
-    There it is divided in that dtype, and what stays behind is rounded.
+    ``param.grad`` gets the same, rounded to its own dtype. Without a master weight ``master`` is
+    ``param``.
     """
     grad = param.grad
     assert grad is not None
@@ -125,7 +129,8 @@ def _unscaled_grad(param: Tensor, grad_scale: float, master: Tensor) -> Tensor:
 class _StepInBackward:
     """Hook that updates a parameter as soon as its gradient is complete, and drops the gradient.
 
-    The garbage collector does not see what a parameter's hooks hold: they hold nothing.
+    It refers to its optimizer weakly: the garbage collector does not see what a parameter's hooks
+    hold, so that a cycle through them would never be freed.
     """
 
     def __init__(self, optimizer: SGD, group: int, place: int) -> None:
@@ -146,7 +151,7 @@ class _StepInBackward:
 
 
 def _optimizer_in_backward(param: Tensor) -> SGD | None:
-    """The one that updates the parameter as soon as its gradient is complete."""
+    """The optimizer with ``in_backward`` that updates this parameter, if there is one."""
     hooks = param._post_accumulate_grad_hooks or {}
     owners = (hook.optimizer() for hook in hooks.values() if isinstance(hook, _StepInBackward))
     return next((owner for owner in owners if owner is not None), None)
@@ -165,29 +170,32 @@ class SGD(torch.optim.SGD):
         p &\leftarrow p - \gamma g && \text{(learning rate } \gamma)
 
     where the first step of a parameter takes :math:`b \leftarrow g`. The formula is the variant of
-    Sutskever et al. (2013) that torch documents. float32 and float64 parameters end in the same
-    bits as with ``torch.optim.SGD(foreach=False)``; bfloat16 and float16 ones are computed in
-    float32 and rounded once, as their momentum buffers are. The number of threads changes nothing.
+    Sutskever et al. (2013) that torch documents. float32 and float64 parameters become the same,
+    bit for bit, as with ``torch.optim.SGD(foreach=False)``. bfloat16 and float16 parameters are
+    computed in float32 and rounded once, and so are their momentum buffers. The number of threads
+    does not change the result.
 
     Constructor, parameter groups, ``state_dict``, hooks and the protocol of
-    :class:`torch.amp.GradScaler` are torch's, and a checkpoint moves both ways. ``foreach`` and
-    ``fused`` are accepted and kept: on what the kernels cover, every step is fused.
+    :class:`torch.amp.GradScaler` are torch's, and each loads the other's checkpoints. ``foreach``
+    and ``fused`` are accepted and stored, but have no effect: every step that the kernels cover is
+    fused.
 
     Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU and
     on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device. Of a
-    :class:`torch.distributed.tensor.DTensor` each rank updates its part, where the gradient has the
-    parameter's placements; its state is made of DTensors with the same.
-    Parameters outside that (other devices, sparse gradients, complex numbers, strided views, other
-    tensor subclasses, gradients that are ``Partial``), or ``differentiable=True``, are updated in
-    the same call by torch's own functions.
+    :class:`torch.distributed.tensor.DTensor` each rank updates its part, if the gradient has the
+    parameter's placements; its state consists of DTensors with the same placements. All other
+    parameters (on other devices, with sparse gradients, of complex numbers, strided views, other
+    tensor subclasses, those with ``Partial`` gradients), and all with ``differentiable=True``, are
+    updated in the same call by torch's own functions.
 
     On CUDA a step is one kernel for each device, however many parameters there are. It runs on the
-    current stream, does not wait for the device and can be captured in a CUDA graph, unless it is
-    one that makes state: replays would make it anew. Take a step before the capture. A tensor
-    ``lr`` on the parameter's device is read there, when the kernel runs: it is not checked, and a
-    captured step follows its changes. So are the scale and the overflow flag of
-    :class:`torch.amp.GradScaler`; a first step that overflows leaves momentum buffers of zeros.
-    With ``dampening`` a parameter's first step with momentum waits for that flag.
+    current stream, does not wait for the device and can be captured in a CUDA graph. Take a step
+    before the capture: one that makes momentum buffers or master weights cannot be captured,
+    because every replay would make them anew. A tensor ``lr`` on the parameter's device is read
+    there when the kernel runs. So it is not checked, and a captured step sees its changes. The
+    scale and the overflow flag of :class:`torch.amp.GradScaler` are read in the same way; a first
+    step that overflows leaves momentum buffers of zeros. With ``dampening`` a parameter's first
+    step with momentum waits for that flag.
 
     Raises:
         ValueError: A hyperparameter is out of range or not finite, in the constructor, in
@@ -196,46 +204,50 @@ class SGD(torch.optim.SGD):
             parameter, a hyperparameter overflows the parameter's dtype, or a CUDA graph is being
             captured and the step makes a momentum buffer or a master weight.
 
-    An error in ``step`` leaves parameters, gradients and state as they were. Torch's own functions
-    do their part before the kernels: an error of theirs leaves what is covered as it was.
+    An error in ``step`` leaves parameters, gradients and state as they were. If the error is raised
+    by torch's own functions, which run before the kernels, this holds for the parameters that the
+    kernels cover.
 
-    The arguments below are ours. They are no part of ``defaults``, of the parameter groups or of a
-    checkpoint, and none of them changes what float32 and float64 parameters become.
+    Torch does not have the arguments below. They are not in ``defaults``, in the parameter groups
+    or in a checkpoint, and none of them changes what float32 and float64 parameters become.
 
     Args:
-        master_weights: Whether bfloat16 and float16 parameters are roundings of float32 weights,
-            which lie in their state as ``master_param``, beside a float32 ``momentum_buffer``. The
-            update computes in these and rounds the parameter, in one pass; master weights and
-            momentum are those of a float32 run on the same gradients. An element of a parameter
-            that is not the rounding of its master weight was written since the last step, by
-            ``load_state_dict`` of the model or by hand, and takes the place of the master weight.
-            :class:`torch.amp.GradScaler`'s scale is divided out in float32. Torch's SGD loads such
-            a checkpoint, rounds the momentum to the parameter's dtype and ignores the weights; its
-            checkpoints load here, and master weights begin at the parameters.
-        stochastic_rounding: Whether bfloat16 parameters are rounded up or down by chance, away from
-            zero with the probability of the way that they have gone to the next value, so that
-            small updates are not lost but add up on average. Momentum is rounded to nearest.
-            What is drawn depends on ``seed``, on the parameter's place among all, on its number of
-            steps (``step`` in its state) and on the element's offset in memory: the same bits on
-            the CPU and on CUDA, for any number of threads and in a resumed run; replicas stay
-            alike. Parts of a DTensor draw numbers of their own, and ranks that hold the same part
-            the same. It cannot be captured in a CUDA graph, whose replays would draw the same
-            numbers, and float16 parameters are refused, as are those that the kernels do not cover.
-            Under :class:`torch.amp.GradScaler` on CUDA a skipped step counts.
-        seed: Of stochastic rounding; an integer in [0, 2**64).
+        master_weights: Whether to keep a float32 copy, the master weight, of each bfloat16 and
+            float16 parameter. It is in the parameter's state as ``master_param``, beside a float32
+            ``momentum_buffer``. The update computes in float32 and rounds the result to the
+            parameter, in one pass: master weights and momentum are those of a float32 run on the
+            same gradients. An element of a parameter that differs from its rounded master weight
+            must have been written since the last step, by ``load_state_dict`` of the model or by
+            hand; it replaces the master weight. :class:`torch.amp.GradScaler`'s scale is divided
+            out in float32. Torch's SGD can load such a checkpoint: it rounds the momentum to the
+            parameter's dtype and ignores the master weights. When a checkpoint of torch's is loaded
+            here, the master weights begin as copies of the parameters.
+        stochastic_rounding: Whether to round bfloat16 parameters up or down at random, so that
+            small updates are not lost but add up on average. The probability of rounding to one of
+            the two neighbouring values grows linearly with the distance from the other. Momentum is
+            rounded to nearest. The random numbers depend on ``seed``, on the parameter's place
+            among all parameters, on its number of steps (``step`` in its state) and on the
+            element's offset in memory. So results are the same, bit for bit, on the CPU and on
+            CUDA, for any number of threads and in a resumed run, and replicas stay equal. Each
+            part of a DTensor has its own random numbers; ranks that hold the same part draw the
+            same ones. Refused are float16 parameters, parameters that the kernels do not cover, and
+            capture in a CUDA graph, whose replays would all draw the same numbers. Under
+            :class:`torch.amp.GradScaler` on CUDA a skipped step counts as a step.
+        seed: The seed of stochastic rounding; an integer in [0, 2**64).
         in_backward: Whether ``backward`` itself updates each parameter as soon as its gradient is
-            complete, and sets the gradient to None, so that one gradient is alive at a time. The
-            bits are those of ``step``, the hyperparameters those of that moment. ``step`` stays in
-            the loop for schedulers, hooks and closures, and updates what still has a gradient.
-            Each ``backward`` is an update: gradients cannot be accumulated over several, clipped
-            by their norm or scaled by GradScaler (which raises in ``step``), and a second backward
-            through the old weights is torch's error. An error in the middle of ``backward`` leaves
-            the parameters behind it as they were. Reentrant activation checkpoints run a backward
-            for each segment, so that a parameter of two segments is updated twice. Parameters of
-            ``fully_shard`` are updated when their gradient has been reduced;
-            ``DistributedDataParallel`` reduces too late and is refused with a RuntimeError. It
-            lasts as long as the optimizer, or until :meth:`remove_backward_hooks`; copies of the
-            optimizer update their own copies of the parameters.
+            complete, and then sets the gradient to None, so that only one gradient is in memory at
+            a time. The result is that of ``step``, bit for bit, with the hyperparameters of that
+            moment. Keep calling ``step``: schedulers, hooks and closures need it, and it updates
+            parameters that still have a gradient. Each ``backward`` is an update. So gradients
+            cannot be accumulated over several calls, clipped by their norm or scaled by GradScaler
+            (``step`` raises), and a second backward through the old weights is torch's error. An
+            error in the middle of ``backward`` leaves the parameters that it had not reached as
+            they were. Reentrant activation checkpoints run a backward for each segment, so a
+            parameter of two segments is updated twice. Parameters of ``fully_shard`` are updated
+            when their gradient has been reduced; ``DistributedDataParallel`` reduces too late and
+            is refused with a RuntimeError. This lasts as long as the optimizer, or until
+            :meth:`remove_backward_hooks`; copies of the optimizer update their own copies of the
+            parameters.
     """
 
     # Asks GradScaler to hand over its scale instead of unscaling gradients in a pass of its own.
@@ -363,7 +375,7 @@ class SGD(torch.optim.SGD):
                 raise
 
     def _step_group_in_backward(self, index: int) -> None:
-        """Hang a hook on every parameter of a group that lacks it and can receive gradients."""
+        """Register the hook on each parameter of a group that can have a gradient, once."""
         params = self.param_groups[index]["params"]
         place = sum(len(group["params"]) for group in self.param_groups[:index])
         hooked = {param: _optimizer_in_backward(param) for param in params}

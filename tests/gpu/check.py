@@ -1,9 +1,9 @@
 """Builds, tests, sanitizes and measures fusedstep on this machine's GPU: `make gpu-check`.
 
-Needs a Python with torch built for CUDA, pytest and the benchmarks' packages, nvcc and a compiler;
-no network, and nothing is installed outside build/. Each part has its time, and its log in the
-folder given; one that fails or runs out of time is named in the table and in the exit status, and
-the others still run.
+Needs a Python with torch built for CUDA, pytest and the benchmarks' packages, nvcc and a compiler,
+but no network; nothing is installed outside build/. Each part has a time limit and writes a log
+into the given folder. If a part fails or runs out of time, the table and the exit status say so,
+and the other parts still run.
 """
 
 from __future__ import annotations

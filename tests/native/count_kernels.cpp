@@ -1,4 +1,6 @@
 // Each kernel once over inputs of the sizes that the benchmarks time, counted by callgrind.
+#include <cstddef>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -108,7 +110,7 @@ void pointwise_loss(const char* dtype_name, DType dtype) {
     args.target = {target.data() + 1, {1}};
     args.grad = {grad.data(), {1}};
     args.grad_output = {grad_output.data(), {1}};
-    for (int kind = 0; kind < 5; ++kind) {
+    for (std::size_t kind = 0; kind < std::size(names); ++kind) {
         args.kind = static_cast<Kind>(kind);
         args.derivative_scale = derivative_scale(args.kind, args.parameter, kNumel, dtype);
         std::string const what = std::string(names[kind]) + " " + dtype_name;

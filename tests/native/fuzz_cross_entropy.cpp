@@ -129,10 +129,10 @@ Case::Case(Choices& choices_) : choices(choices_) {
     grad_in_forward = grad && !(stats && choices.one_in(2));
     if (choices.one_in(2)) {
         if (args.target_kind == TargetKind::index) {
-            args.gamma = choices.one_of({0.0, 0.5, 1.0, 2.0, 5.0, 1e-3, 1e3});
+            args.variant.gamma = choices.one_of({0.0, 0.5, 1.0, 2.0, 5.0, 1e-3, 1e3});
         }
-        if (args.gamma == 0 || choices.one_in(4)) {
-            args.z_loss = choices.one_of({1e-4, 1.0, 1e-30, 1e30});
+        if (args.variant.gamma == 0 || choices.one_in(4)) {
+            args.variant.z_loss = choices.one_of({1e-4, 1.0, 1e-30, 1e30});
         }
     }
     for (std::int64_t row = 0; row < rows; ++row) expected.push_back(expect(row));
@@ -230,9 +230,9 @@ Row Case::expect(std::int64_t row) const {
         std::int64_t const y = indices()[row];
         if (weight) row_weight = (*weight)[y];
         r.truth = times({1 - smoothing, 1}, row_weight, computed);
-        if (args.gamma != 0) make_focal(r, y, row_weight);
+        if (args.variant.gamma != 0) make_focal(r, y, row_weight);
     }
-    if (args.z_loss != 0) add_z_loss(r, row_weight);
+    if (args.variant.z_loss != 0) add_z_loss(r, row_weight);
     return r;
 }
 
@@ -240,7 +240,7 @@ Row Case::expect(std::int64_t row) const {
 // of 1, and of log p, which they know as well as log(1 - q) where p is near 1.
 void Case::make_focal(Row& r, std::int64_t index, Real w) const {
     auto const y = static_cast<std::size_t>(index);
-    Real const gamma = rounded(computed, args.gamma);
+    Real const gamma = rounded(computed, args.variant.gamma);
     Real const error = kRoundings * precision(computed).epsilon;
     Real others = 0;
     for (std::size_t c = 0; c < r.e.size(); ++c) {
@@ -281,7 +281,7 @@ void Case::make_focal(Row& r, std::int64_t index, Real w) const {
 }
 
 void Case::add_z_loss(Row& r, Real w) const {
-    Real const factor = rounded(computed, args.z_loss) * w;
+    Real const factor = rounded(computed, args.variant.z_loss) * w;
     Expected slope = times(r.lse, factor, computed);
     slope.absolute += r.lse.magnitude;
     slope.largest = std::max(slope.largest, std::fabs(w));
@@ -329,8 +329,8 @@ void Case::wrong(const char* what, std::int64_t row, std::int64_t c, Real got,
               ", rows ", list(row_sizes), ", classes ", classes, ", logits strides ",
               list(logits->layout().strides), ", target kind ", int(args.target_kind), " dtype ",
               int(args.target_dtype), ", weight ", bool(weight), ", smoothing ",
-              args.label_smoothing, ", gamma ", args.gamma, ", z-loss ", args.z_loss,
-              ", gradient scale ", args.gradient_scale, ", grad strides ",
+              args.label_smoothing, ", gamma ", args.variant.gamma, ", z-loss ",
+              args.variant.z_loss, ", gradient scale ", args.gradient_scale, ", grad strides ",
               list(grad ? grad->layout().strides : std::vector<std::int64_t>{})));
 }
 

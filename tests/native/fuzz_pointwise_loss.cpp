@@ -91,8 +91,7 @@ std::unique_ptr<Array> Case::add(Operand& operand, DType type, bool is_output) {
 Case::Case(Choices& choices_) : choices(choices_) {
     dtype = any_dtype(choices);
     computed = accumulate(dtype);
-    args.kind = choices.one_of({Kind::l1, Kind::mse, Kind::smooth_l1, Kind::huber,
-                                Kind::bce_with_logits, Kind::weighted_bce});
+    args.kind = static_cast<Kind>(choices.between(0, static_cast<int>(Kind::weighted_bce)));
     args.adjacent = choices.one_in(2) && args.kind != Kind::weighted_bce;
     // Beyond the blocks of both walks.
     auto const most = choices.one_of<std::int64_t>({200, 200, 2500});
@@ -115,7 +114,7 @@ Case::Case(Choices& choices_) : choices(choices_) {
 
     input = add(args.input, dtype, false);
     target = add(args.target, args.target_dtype, false);
-    if (!args.adjacent && !is_symmetric(args.kind) && choices.one_in(2)) {
+    if (!args.adjacent && !is_of_difference(args.kind) && choices.one_in(2)) {
         weight = add(args.weight, dtype, false);
     }
     if (args.kind == Kind::weighted_bce) pos_weight = add(args.pos_weight, dtype, false);
