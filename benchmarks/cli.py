@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import torch
 import typer
@@ -17,8 +17,12 @@ T = TypeVar("T")
 MAX_COUNT = 2**31 - 1
 MAX_THREADS = 1024
 
+# What Typer raises for a command line that is not as declared; its module, and the name of its
+# base, differ between Typer's releases.
+UsageError: Any = typer.BadParameter.__base__
 
-class Refusal(typer.TyperException):
+
+class Refusal(Exception):
     """The request cannot be met; the message is the one line that its author reads."""
 
     exit_code = 2
@@ -36,8 +40,10 @@ def run(options: Callable[..., T], main: Callable[[T], None], args: Sequence[str
         if isinstance(parsed, int):  # the exit status of --help, or 130 for an interrupt
             sys.exit(parsed)
         main(parsed)
-    except typer.TyperException as error:
+    except UsageError as error:
         _exit(error.format_message(), error.exit_code)
+    except Refusal as refusal:
+        _exit(str(refusal), refusal.exit_code)
     except KeyboardInterrupt:
         _exit("interrupted", 130)
 
