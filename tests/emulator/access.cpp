@@ -9,12 +9,15 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "machine.h"
 #include "memory.h"
 
 namespace emulator {
 namespace {
+
+constexpr std::size_t kCopyBytes = 16;  // of an asynchronous copy
 
 // ------------------------------------------------------------------ shared memory
 
@@ -165,6 +168,22 @@ __attribute__((always_inline)) inline void check(const void* pointer, How how, c
 
 }  // namespace
 
+namespace {
+
+// When a copy lands, between its beginning and the wait for it, is not known.
+void require_no_copy_under_way(std::uintptr_t address, std::size_t bytes, How how,
+                               std::size_t place, const void* code) {
+    for (auto const& [shared, global] : current->copies) {
+        auto const to = reinterpret_cast<std::uintptr_t>(shared);
+        if (address < to + kCopyBytes && to < address + bytes) {
+            fault(cudaErrorLaunchFailure,
+                  text("shared memory to which a copy is under way", place, bytes, how), code);
+        }
+    }
+}
+
+}  // namespace
+
 bool access_shared(std::uintptr_t address, std::size_t bytes, How how, const void* code) {
     std::uintptr_t const offset = address - reinterpret_cast<std::uintptr_t>(machine.shared);
     if (offset >= kMaxBlocks * kSharedSlot) return false;
@@ -184,6 +203,7 @@ bool access_shared(std::uintptr_t address, std::size_t bytes, How how, const voi
         fault(cudaErrorIllegalAddress,
               text("shared memory of a block that has ended", place, bytes, how), code);
     }
+    require_no_copy_under_way(address, bytes, how, place, code);
     // Adjacent bytes mostly have the same history, which is then looked at once.
     Access const now = access_now();
     History* const bytes_begin = history_of(machine.shared + offset);
@@ -224,21 +244,22 @@ void* dynamic_shared() { return current->block->shared + kDynamicShared; }
 void copy_async(void* shared, const void* global) { current->copies.emplace_back(shared, global); }
 
 void wait_for_copies() {
-    for (auto const& [shared, global] : current->copies) {
+    auto const copies = std::exchange(current->copies, {});
+    for (auto const& [shared, global] : copies) {
         auto const to = reinterpret_cast<std::uintptr_t>(shared);
         auto const from = reinterpret_cast<std::uintptr_t>(global);
         const void* const code = __builtin_return_address(0);
-        if (to % 16 != 0 || from % 16 != 0) {
-            fault(cudaErrorMisalignedAddress, text("misaligned copy", from, 16, How::read), code);
-        }
-        check(from, 16, How::read, code);
-        if (!access_shared(to, 16, How::write, code)) {
-            fault(cudaErrorIllegalAddress, text("copy past shared memory", to, 16, How::write),
+        if (to % kCopyBytes != 0 || from % kCopyBytes != 0) {
+            fault(cudaErrorMisalignedAddress, text("misaligned copy", from, kCopyBytes, How::read),
                   code);
         }
-        std::memcpy(shared, global, 16);
+        check(from, kCopyBytes, How::read, code);
+        if (!access_shared(to, kCopyBytes, How::write, code)) {
+            fault(cudaErrorIllegalAddress,
+                  text("copy past shared memory", to, kCopyBytes, How::write), code);
+        }
+        std::memcpy(shared, global, kCopyBytes);
     }
-    current->copies.clear();
 }
 
 std::uint64_t atomic(AtomicOperation operation, void* address, unsigned bytes, bool is_signed,

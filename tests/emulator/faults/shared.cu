@@ -134,6 +134,17 @@ __global__ void copy_that_nobody_waited_for(float* memory) {
 }
 
 template <bool faulty>
+__global__ void read_while_a_copy_is_under_way(float* memory) {
+    auto& shared = block_shared<Shared>();
+    shared.first[4 * threadIdx.x] = 1;
+    float const before = faulty ? 0 : shared.first[4 * threadIdx.x];
+    fusedstep::copy_async(&shared.first[4 * threadIdx.x], memory + 4 * threadIdx.x);
+    float const during = faulty ? shared.first[4 * threadIdx.x] : 0;
+    fusedstep::wait_for_copies();
+    memory[threadIdx.x] = before + during + shared.first[4 * threadIdx.x];
+}
+
+template <bool faulty>
 __global__ void misaligned_copy(float* memory) {
     auto& shared = block_shared<Shared>();
     fusedstep::copy_async(&shared.first[0], memory + (faulty ? 1 : 4));
@@ -191,6 +202,7 @@ PLANT(two_writers_of_one_byte, 1, 64)
 PLANT(atomic_and_ordinary_write, 1, 64)
 PLANT(declared_twice, 1, 1)
 PLANT(copy_that_nobody_waited_for, 1, 16)
+PLANT(read_while_a_copy_is_under_way, 1, 16)
 PLANT(misaligned_copy, 1, 1)
 PLANT(read_of_the_cluster_without_barrier, 2, 1, .cluster = 2)
 PLANT(read_of_a_block_that_has_ended, 2, 1, .cluster = 2)
