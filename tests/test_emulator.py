@@ -338,6 +338,12 @@ def test_more_shared_memory_has_to_be_asked_for(emulator: Emulator) -> None:
     assert succeeded(emulator, library.allow_nothing_shared(48 << 10))
 
 
+def test_who_asks_for_less_shared_memory_takes_none_from_others(emulator: Emulator) -> None:
+    """Threads launch one kernel with different sizes, and ask right before they launch."""
+    error = emulator.library.run_nothing_after_another_asked(90 << 10, 60 << 10)
+    assert succeeded(emulator, error)
+
+
 @pytest.mark.parametrize(
     ("threads", "cluster", "expected"), [(512, 2, 5), (512, 8, 1), (32, 8, 10), (1024, 8, 0)]
 )

@@ -70,14 +70,15 @@ cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)
 }
 
 // To be called before a launch that wants this much dynamic shared memory; `static_bytes` is what
-// the kernel declares itself.
+// the kernel declares itself, at most. The limit is one for all threads of this process, which may
+// be about to launch the same kernel with more: it is always set to all that the device has.
 template <class... Parameters>
 cudaError_t allow_shared(const LaunchShape& shape, unsigned static_bytes,
-                         void (*kernel)(Parameters...)) {
+                         const DeviceLimits& limits, void (*kernel)(Parameters...)) {
     constexpr unsigned kWithoutAsking = 48 * 1024;
     if (shape.shared_bytes + static_bytes <= kWithoutAsking) return cudaSuccess;
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(shape.shared_bytes));
+                                limits.shared_per_block - static_cast<int>(static_bytes));
 }
 
 // How many clusters of this shape the current device holds at once.

@@ -739,7 +739,9 @@ cudaError_t launch_forward(const ForwardArgs& a, const DeviceLimits& limits, cud
         }
         return forward_kernel<T, kDense, false, Kept::nowhere, BlockGroup>;
     }();
-    if (cudaError_t const error = allow_shared(plan.shape, kStaticShared, kernel)) return error;
+    if (cudaError_t const error = allow_shared(plan.shape, kStaticShared, limits, kernel)) {
+        return error;
+    }
     if (plan.shape.cluster > 1) {
         // How many clusters fit depends on how multiprocessors are grouped on this device.
         int clusters = 0;

@@ -185,6 +185,15 @@ int run_much_shared(unsigned blocks, bool cooperative) {
 int allow_nothing_shared(int bytes) {
     return cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
+int run_nothing_after_another_asked(unsigned shared_bytes, unsigned others_bytes) {
+    fusedstep::DeviceLimits const limits{.shared_per_block = 99 << 10};
+    fusedstep::LaunchShape const shape{.blocks = 1, .threads = 32, .shared_bytes = shared_bytes};
+    fusedstep::LaunchShape const other{.blocks = 1, .threads = 32, .shared_bytes = others_bytes};
+    for (const auto& asked : {shape, other}) {
+        if (int const error = fusedstep::allow_shared(asked, 0, limits, nothing)) return error;
+    }
+    return launch(shape, nullptr, nothing);
+}
 int active_clusters(unsigned threads, unsigned cluster) {
     int clusters = -1;
     cudaLaunchAttribute attribute;
