@@ -2392,6 +2392,33 @@ def test_each_walk_of_cuda(name: str, target: str, launches: Any, device: str) -
         check(case, device)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("walk", ["warp", "block", "cluster"])
+def test_rows_that_wait_for_their_turn(walk: str, dtype: torch.dtype, device: str) -> None:
+    """There are more rows than a device computes at once: each is read while the gradient of the
+    one before is written, unless that is ignored or no gradient is wanted."""
+    on_card = device == "cuda"
+    multiprocessors = torch.cuda.get_device_properties().multi_processor_count if on_card else 5
+    long = (40001 if on_card else 13001) * 4 // dtype.itemsize
+    rows, classes = {
+        "warp": (80 * multiprocessors, 301),
+        "block": (20 * multiprocessors, 2051),
+        "cluster": (5 * multiprocessors // 2, long),
+    }[walk]
+    logits = torch.randn(rows, classes, device=device).to(dtype)
+    target = torch.randint(classes, (rows,), device=device)
+    target[torch.rand(rows, device=device) < 0.2] = -100
+    inputs = Inputs(logits, target, None, torch.tensor(2.5, dtype=dtype, device=device), {})
+    loss, grad = inputs.loss_and_grad(F.cross_entropy)
+    expected_loss, expected_grad = inputs.to(F64).loss_and_grad(native.cross_entropy)
+    rtol = max(torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=rtol, atol=0)
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=rtol, atol=1e-6 / rows)
+    losses = F.cross_entropy(logits.to(F32), target, reduction="none")
+    expected_losses = native.cross_entropy(logits.double(), target, reduction="none")
+    torch.testing.assert_close(losses.double(), expected_losses, rtol=1e-6, atol=1e-6)
+
+
 def test_a_gradient_of_one_costs_one_launch_and_no_copy(launches: Any, device: str) -> None:
     logits = torch.randn(64, 10, device=device, requires_grad=True)
     target = torch.randint(10, (64,), device=device)

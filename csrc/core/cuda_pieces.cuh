@@ -16,6 +16,7 @@ namespace fusedstep {
 // int where a row is held, 64 bits elsewhere.
 template <class T, bool kVectors, class Index_>
 struct Pieces {
+    using Element = T;
     using Index = Index_;
     static constexpr int kLanes = kVectors ? kVectorLanes<T> : 1;
     using Piece = Lanes<T, kLanes>;
@@ -59,6 +60,18 @@ struct Pieces {
         return {{row[piece * class_stride]}};
     }
 
+    // The pieces first, first + step, ... before `end`, all reads in flight at once; outside()
+    // stands for those that are not there.
+    template <int n>
+    __device__ __forceinline__ void load(const T* row, Index first_piece, Index step, Index end,
+                                         Piece (&values)[n]) const {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            Index const piece = first_piece + i * step;
+            values[i] = piece < end ? load(row, piece) : outside();
+        }
+    }
+
     // Into a row with this alignment.
     __device__ __forceinline__ void store(T* row, std::int64_t stride, Index piece,
                                           const Piece& values) const {
@@ -77,6 +90,22 @@ struct Pieces {
         return piece;
     }
 };
+
+// Calls f(piece, its values) for every step-th piece of [begin, end), kAtOnce of which are read
+// before f writes: no read is moved to the front of a write.
+template <int kAtOnce, class T, bool kVectors, class Index, class F>
+__device__ __forceinline__ void for_each_loaded(const Pieces<T, kVectors, Index>& pieces,
+                                                const T* row, Index begin, Index end, Index step,
+                                                F f) {
+    for (Index first = begin; first < end; first += kAtOnce * step) {
+        typename Pieces<T, kVectors, Index>::Piece values[kAtOnce];
+        pieces.load(row, first, step, end, values);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i * step < end) f(first + i * step, values[i]);
+        }
+    }
+}
 
 // One value of a type that is known at run time.
 __device__ __forceinline__ void store_scalar(void* to, DType dtype, std::int64_t index,

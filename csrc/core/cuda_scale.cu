@@ -5,6 +5,7 @@ namespace fusedstep {
 namespace {
 
 constexpr unsigned kThreads = 256;
+constexpr int kAtOnce = 4;  // vectors that a thread has in flight
 
 template <class T>
 __global__ __launch_bounds__(kMaxThreads,
@@ -16,12 +17,14 @@ __global__ __launch_bounds__(kMaxThreads,
     Pieces<T, true, std::int64_t> const pieces(grad, a.numel, 1);
     int const thread = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
     std::int64_t const step = std::int64_t{gridDim.x} * blockDim.x;
-    for (std::int64_t piece = thread; piece < pieces.count; piece += step) {
-        auto values = pieces.load(grad, piece);
+    for_each_loaded<kAtOnce>(pieces, grad, std::int64_t{thread}, pieces.count, step,
+                             [&](std::int64_t piece, Vector<T>& values) {
 #pragma unroll
-        for (T& value : values.lane) value = from_acc<T>(to_acc(value) * factor);
-        pieces.store(grad, 1, piece, values);
-    }
+                                 for (T& value : values.lane) {
+                                     value = from_acc<T>(to_acc(value) * factor);
+                                 }
+                                 pieces.store(grad, 1, piece, values);
+                             });
     std::int64_t const edge = pieces.edge(thread);
     if (edge >= 0) grad[edge] = from_acc<T>(to_acc(grad[edge]) * factor);
 }

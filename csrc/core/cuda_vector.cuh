@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/cuda_launch.h"
+#include "core/cuda_math.cuh"
 #include "core/dtype.h"
 
 namespace fusedstep {
@@ -25,6 +27,43 @@ using Vector = Lanes<T, kVectorLanes<T>>;
 
 FUSEDSTEP_HD bool is_vector_aligned(const void* pointer) {
     return reinterpret_cast<std::uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+// The two 16-bit values in a register, as two registers hold them: of each place the larger.
+template <class T>
+__device__ __forceinline__ std::uint32_t larger_pair(std::uint32_t a, std::uint32_t b) {
+    static_assert(sizeof(T) == 2);
+#if defined(__CUDA_ARCH__)
+    std::uint32_t pair;
+    if constexpr (std::is_same_v<T, bfloat16>) {
+        asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    } else {
+        asm("max.f16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
+    }
+    return pair;
+#else
+    auto pair = bit_cast<Lanes<T, 2>>(a);
+    auto const other = bit_cast<Lanes<T, 2>>(b);
+    for (int i = 0; i < 2; ++i) {
+        pair.lane[i] = from_acc<T>(larger(to_acc(pair.lane[i]), to_acc(other.lane[i])));
+    }
+    return bit_cast<std::uint32_t>(pair);
+#endif
+}
+
+// The largest of the values and m; NaN only where all are.
+template <class T, int n>
+__device__ __forceinline__ acc_t<T> largest(const Lanes<T, n>& values, acc_t<T> m) {
+    if constexpr (sizeof(T) == 2 && n == kVectorLanes<T>) {
+        uint4 const pairs = bit_cast<uint4>(values);
+        auto const pair = bit_cast<Lanes<T, 2>>(
+            larger_pair<T>(larger_pair<T>(pairs.x, pairs.y), larger_pair<T>(pairs.z, pairs.w)));
+        return larger(m, larger(to_acc(pair.lane[0]), to_acc(pair.lane[1])));
+    } else {
+#pragma unroll
+        for (T value : values.lane) m = larger(m, to_acc(value));
+        return m;
+    }
 }
 
 // p must be aligned to 16 bytes.

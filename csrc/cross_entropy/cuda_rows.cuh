@@ -3,7 +3,8 @@
 // and the last, for its gradient, each thread keeps its part of the row
 //
 //   in registers      a few classes: logits are read once
-//   in shared memory  16-byte vectors, copied there past the registers: logits are read once
+//   in shared memory  16-byte vectors, copied there past the registers: logits are read once, and
+//                     those of the next row while the gradient of this one is written
 //   nowhere           the row is read twice, the second time mostly from a cache
 //
 // A grid is at most as large as what is resident at once, and groups take row after row. Where a
@@ -380,13 +381,6 @@ __device__ __forceinline__ void add_piece(Sums<acc_t<T>, kDense>& sums, const Ro
     }
 }
 
-template <class T, class Piece>
-__device__ __forceinline__ acc_t<T> piece_max(const Piece& values, acc_t<T> m) {
-#pragma unroll
-    for (T value : values.lane) m = larger(m, to_acc(value));
-    return m;
-}
-
 // Maximum and sums of a thread's part of a row that it does not hold: the sums are relative to
 // shift(), and follow the maximum as it grows.
 template <class T, bool kDense>
@@ -461,6 +455,14 @@ __device__ __forceinline__ void write_gradient(T* grad, std::int64_t grad_stride
     row.store(grad, grad_stride, piece, gradient);
 }
 
+// What a thread reads of a row.
+template <class Row>
+struct RowShare {
+    typename Row::Index end;   // of the row's pieces; 0 where it is ignored
+    typename Row::Index edge;  // the class that it takes in addition; -1: none
+    Lanes<typename Row::Element, 1> at_edge;
+};
+
 // A group writes zeros to a row.
 template <class T, class Row>
 __device__ __forceinline__ void zero_gradient(T* grad, std::int64_t grad_stride, const Row& row,
@@ -482,13 +484,12 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
     using Single = Pieces<T, false, Index>;
     using Row = Pieces<T, kVectors, Index>;
     using Piece = typename Row::Piece;
+    constexpr int kAtOnce = kVectors ? 2 : 4;  // reads in flight, of a row that is kept nowhere
     const Args& args = a.args;
     static_assert(sizeof(Shared<A, kDense>) <= kStaticShared);
     auto& shared = block_shared<Shared<A, kDense>>();
     Group<A, kDense> const group(group_size, shared);
 
-    double const divisor = a.reduction == Reduction::mean ? mean_divisor<A>(a, shared) : 1.0;
-    A const upstream = static_cast<A>(1.0 / divisor);
     Variant<double> const variant = kDense ? args.variant.for_dense_targets() : args.variant;
     bool const changes_terms = !variant.is_cross_entropy();
     double loss_sum = 0;
@@ -499,6 +500,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
     [[maybe_unused]] Piece kept[kHeldElements];
     // Each thread reads only what it wrote itself: no barrier is needed between the two.
     [[maybe_unused]] T* stage = nullptr;
+    [[maybe_unused]] int const stage_step = group.stage_step() * Row::kLanes;
     if constexpr (kKept == Kept::shared) {
         stage = dynamic_shared<T>() + group.stage_begin(stage_pieces) * Row::kLanes;
     }
@@ -516,10 +518,45 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             for (Index piece = member; piece < end; piece += step) {
                 Piece values = bit_cast<Piece>(load_vector(at));
                 if (f(piece, values)) *reinterpret_cast<Piece*>(at) = values;
-                at += group.stage_step() * Row::kLanes;
+                at += stage_step;
             }
         }
     };
+    auto const share_of = [&](const T* x, const Row& pieces, bool live) {
+        RowShare<Row> share{live ? pieces.count : 0, live ? pieces.edge(member) : -1,
+                            Single::outside()};
+        if (share.edge >= 0) {
+            share.at_edge = Single(x, args.classes, args.logits_class_stride).load(x, share.edge);
+        }
+        return share;
+    };
+
+    // Of the row whose turn comes next, where rows are kept in shared memory.
+    [[maybe_unused]] RowShare<Row> next{0, -1, Single::outside()};
+    [[maybe_unused]] const T* next_from = nullptr;  // its first piece
+    auto const look_ahead = [&](std::int64_t row) {
+        next = {0, -1, Single::outside()};
+        if (row >= args.rows) return;
+        const T* const x = static_cast<const T*>(args.logits) + row_offsets(args, row).logits;
+        Row const pieces(x, args.classes, args.logits_class_stride);
+        next = share_of(x, pieces, true_class<A, Index>(args, row).live);
+        next_from = x + pieces.first(0);
+    };
+    // What it reads of that row from `piece` on, for which `to` has room.
+    auto const copy_ahead = [&](Index piece, T* to) {
+#pragma unroll 4
+        for (; piece < next.end; piece += step) {
+            copy_async(to, next_from + piece * Row::kLanes);
+            to += stage_step;
+        }
+    };
+    if constexpr (kKept == Kept::shared) {
+        look_ahead(group.first_row() + group.row_in_block());
+        copy_ahead(member, stage);
+    }
+
+    double const divisor = a.reduction == Reduction::mean ? mean_divisor<A>(a, shared) : 1.0;
+    A const upstream = static_cast<A>(1.0 / divisor);
 
     for (std::int64_t base = group.first_row(); base < args.rows; base += group.row_step()) {
         std::int64_t const row = base + group.row_in_block();
@@ -535,21 +572,16 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
         const T* const x = static_cast<const T*>(args.logits) + at.logits;
         Row const pieces(x, args.classes, args.logits_class_stride);
         Single const singles(x, args.classes, args.logits_class_stride);
-        Index const end = truth.live ? pieces.count : 0;
-        Index const edge = truth.live ? pieces.edge(member) : -1;
+        RowShare<Row> share = kKept == Kept::shared ? next : share_of(x, pieces, truth.live);
+        Index const end = share.end;
+        Index const edge = share.edge;
+        typename Single::Piece& at_edge = share.at_edge;
 
         A m;
         Sums<A, kDense> sums;
-        typename Single::Piece at_edge = edge >= 0 ? singles.load(x, edge) : Single::outside();
         if constexpr (kOnce) {
-            A most = piece_max<T>(at_edge, -kInfinity<A>);
+            A most = largest(at_edge, -kInfinity<A>);
             if constexpr (kKept == Kept::shared) {
-                T* to = stage;
-#pragma unroll 4
-                for (Index piece = member; piece < end; piece += step) {
-                    copy_async(to, x + pieces.first(piece));
-                    to += group.stage_step() * Row::kLanes;
-                }
                 wait_for_copies();
             } else {
                 for_each_kept(end, [&](Index piece, Piece& values) {
@@ -558,7 +590,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
                 });
             }
             for_each_kept(end, [&](Index, Piece& values) {
-                most = piece_max<T>(values, most);
+                most = largest(values, most);
                 return false;
             });
             m = group.max(most);
@@ -567,18 +599,16 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
                 return std::is_same_v<T, A>;
             });
             if (edge >= 0) add_piece<T, kDense>(sums, singles, edge, at_edge, m, dense);
+            // Here, for the target to have arrived when it is asked what it is.
+            if constexpr (kKept == Kept::shared) look_ahead(row + group.row_step());
         } else {
             Running<T, kDense> running;
-            constexpr int kAtOnce = kVectors ? 2 : 4;  // reads in flight
             for (Index first = member; first < end; first += kAtOnce * step) {
                 Piece values[kAtOnce];
+                pieces.load(x, first, static_cast<Index>(step), end, values);
                 A most = running.max;
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i) {
-                    Index const piece = first + i * step;
-                    values[i] = piece < end ? pieces.load(x, piece) : Row::outside();
-                    most = piece_max<T>(values[i], most);
-                }
+                for (int i = 0; i < kAtOnce; ++i) most = largest(values[i], most);
                 running.raise(most);
 #pragma unroll
                 for (int i = 0; i < kAtOnce; ++i) {
@@ -591,7 +621,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             }
             if (edge >= 0) {
                 auto values = at_edge;
-                running.raise(piece_max<T>(values, running.max));
+                running.raise(largest(values, running.max));
                 add_piece<T, kDense>(running.sums, singles, edge, values, running.shift(), dense);
             }
             m = group.max(running.max);
@@ -632,6 +662,9 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             loss_sum += terms.loss;
             if (truth.fault && first_fault == kNoFault) first_fault = row;
         }
+        // What is kept of a row makes room for the next one, piece by piece.
+        [[maybe_unused]] Index copied = member;
+        [[maybe_unused]] T* room = stage;
         if (args.grad && present) {
             T* const grad = static_cast<T*>(args.grad) + at.grad;
             std::int64_t const stride = args.grad_class_stride;
@@ -639,21 +672,33 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void forward_ke
             if (!truth.live) {
                 zero_gradient(grad, stride, pieces, static_cast<Index>(member), pieces.count, step,
                               member);
+            } else if constexpr (kKept == Kept::shared) {
+#pragma unroll 4
+                for (; copied < end; copied += step) {
+                    Piece const values = bit_cast<Piece>(load_vector(room));
+                    write_gradient<T, kDense, true>(grad, stride, pieces, copied, values, of,
+                                                    dense);
+                    if (copied < next.end) copy_async(room, next_from + copied * Row::kLanes);
+                    room += stage_step;
+                }
             } else if constexpr (kOnce) {
                 for_each_kept(end, [&](Index piece, Piece& values) {
                     write_gradient<T, kDense, true>(grad, stride, pieces, piece, values, of, dense);
                     return false;
                 });
             } else {
-                for (Index piece = member; piece < end; piece += step) {
-                    write_gradient<T, kDense, false>(grad, stride, pieces, piece,
-                                                     pieces.load(x, piece), of, dense);
-                }
+                for_each_loaded<kAtOnce>(pieces, x, static_cast<Index>(member), end,
+                                         static_cast<Index>(step),
+                                         [&](Index piece, const Piece& values) {
+                                             write_gradient<T, kDense, false>(
+                                                 grad, stride, pieces, piece, values, of, dense);
+                                         });
             }
             if (edge >= 0) {
                 write_gradient<T, kDense, kOnce>(grad, stride, singles, edge, at_edge, of, dense);
             }
         }
+        if constexpr (kKept == Kept::shared) copy_ahead(copied, room);
     }
     group.leave();
     finish(a, shared, loss_sum, first_fault, divisor);
@@ -670,6 +715,7 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void backward_k
     using A = acc_t<T>;
     using Single = Pieces<T, false, std::int64_t>;
     using Row = Pieces<T, kVectors, std::int64_t>;
+    constexpr int kAtOnce = kVectors ? 2 : 4;  // reads in flight
     const Args& args = a.args;
     if (a.keep_if_one && load_scalar(args.grad_output, a.grad_output_dtype, 0) == 1) return;
 
@@ -705,10 +751,11 @@ __global__ __launch_bounds__(kMaxThreads, min_blocks(sizeof(T))) void backward_k
             zero_gradient(grad, stride, pieces, begin, end, group_size, edge_member);
             continue;
         }
-        for (std::int64_t piece = begin; piece < end; piece += group_size) {
-            write_gradient<T, kDense, false>(grad, stride, pieces, piece, pieces.load(x, piece), of,
-                                             dense);
-        }
+        for_each_loaded<kAtOnce>(pieces, x, begin, end, std::int64_t{group_size},
+                                 [&](std::int64_t piece, const typename Row::Piece& values) {
+                                     write_gradient<T, kDense, false>(grad, stride, pieces, piece,
+                                                                      values, of, dense);
+                                 });
         std::int64_t const edge = pieces.edge(edge_member);
         if (edge >= 0) {
             write_gradient<T, kDense, false>(grad, stride, singles, edge, singles.load(x, edge), of,

@@ -14,6 +14,7 @@ namespace {
 
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? kMinBlocks / 2 : kMinBlocks;
+constexpr int kAtOnce = 2;  // vectors of each operand that a thread has in flight
 
 // Full precision, whatever is stored: a loss is computed from few values, so memory is the limit.
 struct ScalarMath {
@@ -141,20 +142,26 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void forward_kernel(
         auto* const grad = static_cast<T*>(args.grad.data);
         auto* const loss = static_cast<T*>(args.loss.data);
         Pieces<T, true, std::int64_t> const pieces(input, args.numel, 1);
-        for (std::int64_t piece = thread; piece < pieces.count; piece += step) {
-            auto const x = pieces.load(input, piece);
-            auto const t = pieces.load(target, piece);
-            typename Pieces<T, true, std::int64_t>::Piece losses, derivatives;
-            A part{};
-            each_point<T>(args, x, t, [&](int k, const Point<A>& p) {
-                part += p.loss;
-                losses.lane[k] = from_acc<T>(p.loss);
-                derivatives.lane[k] =
-                    from_acc<T>(gradient<ScalarMath>(args.kind, p.derivative, scale, A{1}));
-            });
-            sum += part;
-            if (loss) pieces.store(loss, 1, piece, losses);
-            if (grad) pieces.store(grad, 1, piece, derivatives);
+        for (std::int64_t first = thread; first < pieces.count; first += kAtOnce * step) {
+            Vector<T> x[kAtOnce], t[kAtOnce];
+            pieces.load(input, first, step, pieces.count, x);
+            pieces.load(target, first, step, pieces.count, t);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                std::int64_t const piece = first + i * step;
+                if (piece >= pieces.count) break;
+                Vector<T> losses, derivatives;
+                A part{};
+                each_point<T>(args, x[i], t[i], [&](int k, const Point<A>& p) {
+                    part += p.loss;
+                    losses.lane[k] = from_acc<T>(p.loss);
+                    derivatives.lane[k] =
+                        from_acc<T>(gradient<ScalarMath>(args.kind, p.derivative, scale, A{1}));
+                });
+                sum += part;
+                if (loss) pieces.store(loss, 1, piece, losses);
+                if (grad) pieces.store(grad, 1, piece, derivatives);
+            }
         }
         std::int64_t const edge = pieces.edge(static_cast<int>(thread));
         if (edge >= 0) one(edge);
@@ -191,16 +198,23 @@ __global__ __launch_bounds__(kMaxThreads, kBlocks<T>) void backward_kernel(
                             ? static_cast<A>(load_scalar(grad_output, args.grad_output_dtype, 0))
                             : A{};
         Pieces<T, true, std::int64_t> const pieces(input, args.numel, 1);
-        for (std::int64_t piece = thread; piece < pieces.count; piece += step) {
-            auto const x = pieces.load(input, piece);
-            auto const t = pieces.load(target, piece);
-            auto derivatives = is_one_value ? x : pieces.load(grad_output, piece);
-            each_point<T>(args, x, t, [&](int k, const Point<A>& p) {
-                A const upstream = is_one_value ? value : to_acc(derivatives.lane[k]);
-                derivatives.lane[k] =
-                    from_acc<T>(gradient<ScalarMath>(args.kind, p.derivative, scale, upstream));
-            });
-            pieces.store(grad, 1, piece, derivatives);
+        for (std::int64_t first = thread; first < pieces.count; first += kAtOnce * step) {
+            Vector<T> x[kAtOnce], t[kAtOnce], upstream[kAtOnce];
+            pieces.load(input, first, step, pieces.count, x);
+            pieces.load(target, first, step, pieces.count, t);
+            if (!is_one_value) pieces.load(grad_output, first, step, pieces.count, upstream);
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                std::int64_t const piece = first + i * step;
+                if (piece >= pieces.count) break;
+                Vector<T> derivatives;
+                each_point<T>(args, x[i], t[i], [&](int k, const Point<A>& p) {
+                    A const factor = is_one_value ? value : to_acc(upstream[i].lane[k]);
+                    derivatives.lane[k] =
+                        from_acc<T>(gradient<ScalarMath>(args.kind, p.derivative, scale, factor));
+                });
+                pieces.store(grad, 1, piece, derivatives);
+            }
         }
         std::int64_t const edge = pieces.edge(static_cast<int>(thread));
         if (edge >= 0) one(edge);
