@@ -71,6 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
             "fusedstep::cross_entropy_forward", "CUDA"
         ):
             raise pytest.UsageError("--device cuda: this build of fusedstep is without CUDA")
+        # Networks beside which ours are compared compute the same each time, in float32.
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = False
 
 
 class Recorder:
