@@ -53,6 +53,8 @@ DEVICES = {
     "RTX 5090": Limits(170, 120, 99 << 10, 100 << 10),
     "one multiprocessor": Limits(1, 90, 227 << 10, 228 << 10),
 }
+# Blocks that a multiprocessor holds at most, by the same table.
+MOST_BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 # Borders of every choice, and numbers between them.
 COUNTS = sorted(
     {
@@ -83,11 +85,13 @@ def plans() -> ctypes.CDLL:
 
 def is_resident(shape: Shape, item_size: int, device: Limits) -> bool:
     """Whether all blocks run at once, as a grid that waits for itself needs: by the registers that
-    the compiler may take (64 a thread, 128 for 64-bit values, of 65,536) and by shared memory."""
+    the compiler may take (64 a thread, 128 for 64-bit values, of 65,536), by shared memory and by
+    how many blocks a multiprocessor has at most."""
     registers = 128 if item_size == 8 else 64
     by_registers = 65536 // (registers * shape.threads)
     each = shape.shared_bytes + STATIC_BYTES + RESERVED_BYTES
-    fit = min(by_registers, device.shared_per_multiprocessor // each)
+    by_shared = device.shared_per_multiprocessor // each
+    fit = min(by_registers, by_shared, MOST_BLOCKS[device.compute_capability])
     return bool(shape.blocks <= device.multiprocessors * fit)
 
 
@@ -158,6 +162,7 @@ def test_no_size_is_too_large_to_plan(
         (64, 10, 4, "lanes", 1),
         (256, 1000, 4, "warp", 1),
         (1024, 1000, 4, "warp", 1),
+        (8192, 4096, 2, "block", 1),
         (4096, 32000, 2, "block", 1),
         (4096, 50257, 2, "block", 1),
         (4096, 32000, 4, "block", 2),

@@ -20,8 +20,11 @@ enum class Walk {
 
 // Elements of a row that a lane keeps in registers.
 inline constexpr int kHeldElements = 4;
-// 16-byte vectors of a row that a thread takes, where the row alone decides.
-inline constexpr int kUsualVectors = 8;
+// 16-byte vectors of a row that a thread takes: of one that a warp can keep, at most; of a longer
+// one, where the row alone decides. Enough to be worth the few hundred instructions that a row
+// costs every thread of its block besides (by count, sm_90).
+inline constexpr int kWarpVectors = 8;
+inline constexpr int kBlockVectors = 16;
 inline constexpr int kMaxCluster = 8;
 // Blocks of kMaxThreads that the compiler fits on a multiprocessor: 64-bit values take twice as
 // many registers.
@@ -93,8 +96,9 @@ constexpr Plan plan_warps(Walk walk, std::int64_t rows, int group, int stage_pie
     return plan;
 }
 
-// Rows of vectors kept in shared memory, by blocks or clusters: two blocks to a multiprocessor, so
-// that one reads while the other computes, or else one. No plan (no blocks) where they do not fit.
+// Rows of vectors kept in shared memory, by blocks or clusters: two or more blocks to a
+// multiprocessor, so that one reads while another computes, or else one. No plan (no blocks) where
+// they do not fit.
 constexpr Plan plan_kept(std::int64_t rows, std::int64_t vectors, int item_size,
                          const DeviceLimits& limits) {
     int const max_cluster = limits.compute_capability >= 90 ? kMaxCluster : 1;
@@ -104,7 +108,7 @@ constexpr Plan plan_kept(std::int64_t rows, std::int64_t vectors, int item_size,
         std::int64_t const most = limits.shared_per_block - kStaticShared;
         std::int64_t const budget = share < most ? share : most;
         for (int cluster = 1; cluster <= max_cluster; cluster *= 2) {
-            std::int64_t const wanted = round_up(ceil_div(vectors, kUsualVectors * cluster), kWarp);
+            std::int64_t const wanted = round_up(ceil_div(vectors, kBlockVectors * cluster), kWarp);
             std::int64_t const threads = wanted < kMaxThreads ? wanted : kMaxThreads;
             std::int64_t const stage_pieces = ceil_div(vectors, threads * cluster);
             if (threads * stage_pieces * kVectorBytes > budget) continue;
@@ -138,7 +142,7 @@ constexpr Plan plan(std::int64_t rows, std::int64_t classes, bool adjacent, bool
         return plan_warps(Walk::lanes, rows, lanes, 0, item_size, limits);
     }
     std::int64_t const row = row_vectors(classes, item_size);
-    if (row <= kWarp * kUsualVectors) {
+    if (row <= kWarp * kWarpVectors) {
         return plan_warps(Walk::warp, rows, kWarp, static_cast<int>(ceil_div(row, kWarp)),
                           item_size, limits);
     }
