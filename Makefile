@@ -170,6 +170,6 @@ $(CUDA_INSTALLED): requirements-dev.txt requirements-cuda.txt
 
 $(CUDA_BUILT) cuda-test: export PATH := $(CURDIR)/$(CUDA_BIN):$(PATH)
 $(CUDA_BUILT): $(CUDA_INSTALLED) $(SOURCES)
-	FUSEDSTEP_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" \
+	FUSEDSTEP_CUDA=1 TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-7.5;8.0;9.0}" \
 	    $(CUDA_BIN)/pip install --disable-pip-version-check --no-build-isolation --no-deps .
 	@mkdir -p $(@D) && touch $@

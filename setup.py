@@ -93,8 +93,11 @@ def why_no_cuda(asked: str, torch_cuda: str | None, nvcc: str | None) -> str | N
     return missing
 
 
+LEAST_ARCHITECTURE = 7, 5  # kLeastComputeCapability of csrc/core/cuda_launch.h
+
+
 def default_architectures(list_gpu_arch: str) -> list[str]:
-    """The first architecture of each major release from 8.0 on, the newest also as PTX.
+    """The first architecture of each major release from 7.5 on, the newest also as PTX.
 
     Machine code runs on the later releases of its major (8.0's on 8.6 and 8.9 too); PTX is compiled
     by the driver for the cards that come after.
@@ -105,7 +108,7 @@ def default_architectures(list_gpu_arch: str) -> list[str]:
     first: dict[int, int] = {}
     for number in re.findall(r"\bcompute_(\d+)\b", list_gpu_arch):
         major, minor = divmod(int(number), 10)
-        if major >= 8:
+        if (major, minor) >= LEAST_ARCHITECTURE:
             first[major] = min(minor, first.get(major, minor))
     names = [f"{major}.{minor}" for major, minor in sorted(first.items())]
     return [*names[:-1], f"{names[-1]}+PTX"]
@@ -119,6 +122,13 @@ def asked_architectures(arch_list: str) -> list[str]:
             sys.exit(
                 f"TORCH_CUDA_ARCH_LIST={arch_list}: {name} is not an architecture such as 9.0 or "
                 "9.0+PTX"
+            )
+        major, minor = re.findall(r"\d+", name)[:2]
+        if (int(major), int(minor)) < LEAST_ARCHITECTURE:
+            least = ".".join(map(str, LEAST_ARCHITECTURE))
+            sys.exit(
+                f"TORCH_CUDA_ARCH_LIST={arch_list}: the kernels are written for {least} and newer; "
+                f"leave {name} out"
             )
     return names
 

@@ -281,7 +281,7 @@ def test_cuda_is_built_where_torch_and_nvcc_have_it(
 ) -> None:
     monkeypatch.setenv("MAX_JOBS", "2")
     names = setup("13.0", "13.2")
-    assert names["ARCHITECTURES"] == ["8.0", "9.0", "10.0", "11.0", "12.0+PTX"]
+    assert names["ARCHITECTURES"] == ["7.5", "8.0", "9.0", "10.0", "11.0", "12.0+PTX"]
     facts: dict[str, Any] = {}
     exec(names["build_info"](), facts)
     assert (facts["cuda"], facts["why_no_cuda"]) == ("13.2", None)
@@ -333,20 +333,28 @@ def test_named_architectures_are_the_ones_built(
     ]
 
 
-def test_an_unknown_architecture_is_refused_by_name(
-    setup: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("8.0;Hopper", "Hopper is not an architecture"),
+        ("7.0;7.5", "written for 7.5 and newer; leave 7.0 out"),
+        ("6.1+PTX", "leave 6.1+PTX out"),
+    ],
+)
+def test_an_architecture_without_kernels_is_refused_by_name(
+    setup: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, asked: str, said: str
 ) -> None:
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;Hopper")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
     with pytest.raises(SystemExit) as stopped:
         setup("13.0", "13.0")
-    assert "Hopper is not an architecture" in sentence(stopped)
+    assert said in sentence(stopped)
 
 
 @pytest.mark.parametrize(
     ("list_gpu_arch", "architectures"),
     [
-        (LIST_GPU_ARCH, ["8.0", "9.0", "10.0", "11.0", "12.0+PTX"]),
-        ("compute_50\ncompute_75\ncompute_80\ncompute_86\ncompute_90", ["8.0", "9.0+PTX"]),
+        (LIST_GPU_ARCH, ["7.5", "8.0", "9.0", "10.0", "11.0", "12.0+PTX"]),
+        ("compute_50\ncompute_72\ncompute_75\ncompute_80\ncompute_90", ["7.5", "8.0", "9.0+PTX"]),
         ("compute_90\ncompute_90a\ncompute_86\ncompute_87", ["8.6", "9.0+PTX"]),
         ("compute_80", ["8.0+PTX"]),
     ],

@@ -375,3 +375,31 @@ def test_a_run_that_launches_nothing_fails(pytestconfig: pytest.Config) -> None:
         )
         assert done.returncode == code, done.stdout
         assert ("ERROR test_sgd.py launched no kernel" in done.stdout) == (code == 1)
+
+
+# ------------------------------------------------------------------ the package on the emulator
+
+ON_AN_OLD_GPU = """
+import torch, fusedstep
+net = torch.nn.Linear(8, 4)
+optimizer = fusedstep.SGD(net.parameters(), lr=0.1)
+logits = net(torch.randn(6, 8))
+loss = fusedstep.CrossEntropyLoss()(logits, torch.arange(6) % 4)
+(loss + fusedstep.MSELoss()(logits, logits.detach())).backward()
+optimizer.step()
+stats = fusedstep.stats()
+assert (stats.fused, stats.fell_back) == (0, 4), stats
+reasons = {calls.operator: list(calls.fallbacks) for calls in stats.calls}
+assert reasons["cross_entropy"] == reasons["mse_loss"] == ["a device without kernels"], stats
+assert reasons["SGD"] == ["a device or a kind of tensor without kernels"], stats
+"""
+
+
+def test_a_gpu_older_than_the_kernels_is_left_to_torch(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--device") != "emulator":
+        pytest.skip("asks the package that is built for the emulator")
+    subprocess.run(
+        [sys.executable, "-c", ON_AN_OLD_GPU],
+        check=True,
+        env={**os.environ, "EMULATOR_COMPUTE_CAPABILITY": "7.0"},
+    )

@@ -44,6 +44,7 @@ class Plan(Structure):
 # From the CUDA programming guide's table of compute capabilities: multiprocessors of a common
 # device, and its shared memory for a block and in all.
 DEVICES = {
+    "T4": Limits(40, 75, 64 << 10, 64 << 10),
     "A100": Limits(108, 80, 163 << 10, 164 << 10),
     "RTX 3060": Limits(28, 86, 99 << 10, 100 << 10),
     "RTX 4090": Limits(128, 89, 99 << 10, 100 << 10),
@@ -54,7 +55,7 @@ DEVICES = {
     "one multiprocessor": Limits(1, 90, 227 << 10, 228 << 10),
 }
 # Blocks that a multiprocessor holds at most, by the same table.
-MOST_BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+MOST_BLOCKS = {75: 16, 80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 # Borders of every choice, and numbers between them.
 COUNTS = sorted(
     {

@@ -19,9 +19,12 @@ inline constexpr int kWarp = 32;
 // Of the widest access to memory.
 inline constexpr int kVectorBytes = 16;
 
+// Of the devices that the kernels are written for. (setup.py names it too.)
+inline constexpr int kLeastComputeCapability = 75;
+
 // Kernels are compiled with __launch_bounds__(kMaxThreads, kMinBlocks): the compiler then uses at
-// most 64 registers a thread, so that this many threads fit on every multiprocessor from compute
-// capability 8.0 on, whatever the size of their blocks.
+// most 64 registers a thread, so that this many threads fit on every multiprocessor of such a
+// device, whatever the size of their blocks.
 inline constexpr int kMaxThreads = 512;
 inline constexpr int kMinBlocks = 2;
 inline constexpr int kResidentThreads = kMaxThreads * kMinBlocks;

@@ -33,7 +33,7 @@ FUSEDSTEP_HD bool is_vector_aligned(const void* pointer) {
 template <class T>
 __device__ __forceinline__ std::uint32_t larger_pair(std::uint32_t a, std::uint32_t b) {
     static_assert(sizeof(T) == 2);
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     std::uint32_t pair;
     if constexpr (std::is_same_v<T, bfloat16>) {
         asm("max.bf16x2 %0, %1, %2;" : "=r"(pair) : "r"(a), "r"(b));
@@ -86,11 +86,14 @@ __device__ __forceinline__ void store_vector(T* p, const Vector<T>& vector) {
 #endif
 }
 
-// Copies 16 bytes from global to shared memory, both aligned, past the registers. The copy may be
-// read by this thread after wait_for_copies(), by others behind a barrier after that.
+// Copies 16 bytes from global to shared memory, both aligned, past the registers (before compute
+// capability 8.0 through them). The copy may be read by this thread after wait_for_copies(), by
+// others behind a barrier after that.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 #if defined(FUSEDSTEP_EMULATED_CUDA)
     emulator::copy_async(shared, global);
+#elif __CUDA_ARCH__ < 800
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
 #else
     auto const to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
@@ -100,7 +103,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global) {
 __device__ __forceinline__ void wait_for_copies() {
 #if defined(FUSEDSTEP_EMULATED_CUDA)
     emulator::wait_for_copies();
-#else
+#elif __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }

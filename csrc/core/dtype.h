@@ -109,7 +109,7 @@ FUSEDSTEP_HD double from_acc<double>(double x) {
 }
 template <>
 FUSEDSTEP_HD bfloat16 from_acc<bfloat16>(float x) {  // round to nearest even
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     bfloat16 y;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
     return y;

@@ -89,9 +89,13 @@ constexpr Plan plan_warps(Walk walk, std::int64_t rows, int group, int stage_pie
     if (rows > kOneBlock / group) {
         return plan_groups(walk, rows, group, kUsualThreads, stage_pieces, item_size, limits);
     }
-    std::int64_t const threads = rows > 0 ? round_up(rows * group, kWarp) : kWarp;
-    Plan plan = plan_groups(walk, rows, group, threads < kMaxThreads ? threads : kMaxThreads,
-                            stage_pieces, item_size, limits);
+    std::int64_t const wanted = rows > 0 ? round_up(rows * group, kWarp) : kWarp;
+    std::int64_t const of_warp = std::int64_t{kWarp} * stage_pieces * kVectorBytes;
+    std::int64_t const fit =
+        of_warp > 0 ? (limits.shared_per_block - kStaticShared) / of_warp * kWarp : kMaxThreads;
+    std::int64_t const most = fit < kMaxThreads ? fit : kMaxThreads;
+    Plan plan = plan_groups(walk, rows, group, wanted < most ? wanted : most, stage_pieces,
+                            item_size, limits);
     plan.shape.blocks = 1;
     return plan;
 }

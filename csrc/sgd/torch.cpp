@@ -233,6 +233,14 @@ bool runs_on_cuda(c10::Device device) {
 #endif
 }
 
+bool has_kernels([[maybe_unused]] c10::Device device) {
+#if defined(FUSEDSTEP_CUDA)
+    return !runs_on_cuda(device) || runs_kernels(device);
+#else
+    return true;
+#endif
+}
+
 bool is_capturing([[maybe_unused]] c10::Device device) {
 #if defined(FUSEDSTEP_CUDA)
     if (!runs_on_cuda(device)) return false;
@@ -696,7 +704,7 @@ Covered<> StepPlan::check_tensors(Candidate& candidate) const {
     if (!dtype) return not_covered("a dtype that the kernels do not compute");
     candidate.entry.dtype = *dtype;
     if (found.grad.is_sparse()) return not_covered("a sparse gradient");
-    if (!is_writable(param) ||
+    if (!is_writable(param) || !has_kernels(device) ||
         !(candidate.unscale ? is_writable(found.grad) : is_ordinary(found.grad))) {
         return not_covered("a device or a kind of tensor without kernels");
     }

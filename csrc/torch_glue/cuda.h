@@ -49,6 +49,11 @@ std::size_t device_number(c10::Device device);
 
 const DeviceLimits& device_limits(c10::Device device);
 
+// Whether the kernels are written for this CUDA device.
+inline bool runs_kernels(c10::Device device) {
+    return device_limits(device).compute_capability >= kLeastComputeCapability;
+}
+
 // Which capture of a CUDA graph the device's current stream is part of; 0 for none.
 std::uint64_t current_capture(c10::Device device);
 

@@ -41,7 +41,7 @@ inline Reduction reduction_of(const char* op, std::int64_t code) {
 // On a device that this build has kernels for; of a fake tensor too.
 inline bool has_kernels(const at::Tensor& tensor) {
 #if defined(FUSEDSTEP_CUDA)
-    if (is_cuda(tensor)) return true;
+    if (is_cuda(tensor)) return is_symbolic(tensor) || runs_kernels(tensor.device());
 #endif
     return tensor.is_cpu() || tensor.is_meta();
 }

@@ -11,7 +11,7 @@ namespace {
 using fusedstep::DeviceLimits;
 using fusedstep::LaunchShape;
 
-constexpr std::int64_t kMostRegisters = 65536;  // of a multiprocessor, from 8.0 on
+constexpr std::int64_t kMostRegisters = 65536;  // of a multiprocessor
 
 std::int64_t any_count(Choices& choices, int most_bits) {
     std::int64_t const top = std::int64_t{1} << choices.between(0, most_bits);
@@ -21,10 +21,11 @@ std::int64_t any_count(Choices& choices, int most_bits) {
 DeviceLimits any_device(Choices& choices) {
     DeviceLimits limits{};
     limits.multiprocessors = static_cast<int>(choices.between(1, 300));
-    limits.compute_capability = choices.one_of({80, 86, 89, 90, 100, 120});
+    limits.compute_capability = choices.one_of({75, 80, 86, 89, 90, 100, 120});
     // The table of compute capabilities: the least and the most that a block may ask for.
-    limits.shared_per_block = static_cast<int>(choices.between(99, 227)) << 10;
-    limits.shared_per_multiprocessor = limits.shared_per_block + 1024;
+    limits.shared_per_block = static_cast<int>(choices.between(64, 227)) << 10;
+    limits.shared_per_multiprocessor =
+        limits.shared_per_block + (limits.compute_capability < 80 ? 0 : 1024);
     return limits;
 }
 
