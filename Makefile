@@ -109,7 +109,7 @@ format: $(INSTALLED)  ## rewrite the sources in the project's format
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-sanitize: $(INSTALLED)  ## run the kernels on random contracts under g++'s sanitizers
+sanitize: $(INSTALLED)  ## run the kernels on random arguments under g++'s sanitizers
 	$(NATIVE) sanitize $(ARGS)
 
 memcheck: $(INSTALLED)  ## the same under valgrind

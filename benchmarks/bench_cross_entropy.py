@@ -322,7 +322,7 @@ class Options(cli.BenchmarkOptions):
         cases = [sized(size) for size in self.sizes.split(",")] + (SHAPES if self.shapes else [])
         return [
             replace(case, dtype=dtype, threads=self.threads)
-            for dtype in cli.items(self.dtypes, DTYPES)
+            for dtype in cli.items("--dtypes", self.dtypes, DTYPES)
             for case in cases
         ]
 

@@ -116,9 +116,9 @@ class Options(cli.BenchmarkOptions):
         models = self.models or (QUICK_MODELS if self.quick else ",".join(BATCH_SIZES))
         return [
             Case(name, size, mode, threads=self.threads)
-            for name, sizes in cli.items(models, BATCH_SIZES).items()
+            for name, sizes in cli.items("--models", models, BATCH_SIZES).items()
             for size in sizes
-            for mode in cli.items(self.modes, MOMENTA)
+            for mode in cli.items("--modes", self.modes, MOMENTA)
         ]
 
 

@@ -142,7 +142,7 @@ class Options(cli.BenchmarkOptions):
         sizes = self.sizes or (QUICK_SIZES if self.quick else SIZES)
         return [
             sized(size, dtype, self.threads)
-            for dtype in cli.items(self.dtypes, DTYPES)
+            for dtype in cli.items("--dtypes", self.dtypes, DTYPES)
             for size in sizes.split(",")
         ]
 

@@ -163,8 +163,8 @@ class Options(cli.BenchmarkOptions):
         ]
         return [
             Case(loss, shape, dtype=dtype, threads=self.threads)
-            for dtype in cli.items(self.dtypes, DTYPES)
-            for loss in cli.items(self.losses, LOSSES)
+            for dtype in cli.items("--dtypes", self.dtypes, DTYPES)
+            for loss in cli.items("--losses", self.losses, LOSSES)
             for shape in shapes
         ]
 

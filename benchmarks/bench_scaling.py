@@ -94,7 +94,7 @@ class Options(cli.BenchmarkOptions):
     def cases(self) -> list[suite.Case]:
         made = [
             (axis, case)
-            for axis, make in cli.items(self.axes, MAKERS).items()
+            for axis, make in cli.items("--axes", self.axes, MAKERS).items()
             for case in make(self.quick)
         ]
         return [

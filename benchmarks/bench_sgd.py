@@ -307,9 +307,9 @@ class Options(cli.BenchmarkOptions):
     def cases(self) -> list[suite.Case]:
         return [
             Case(name, shapes(), mode, dtype=dtype, threads=self.threads)
-            for dtype in cli.items(self.dtypes, DTYPES)
-            for name, shapes in cli.items(self.sets, SETS).items()
-            for mode in cli.items(self.modes, MODES)
+            for dtype in cli.items("--dtypes", self.dtypes, DTYPES)
+            for name, shapes in cli.items("--sets", self.sets, SETS).items()
+            for mode in cli.items("--modes", self.modes, MODES)
         ]
 
 

@@ -136,14 +136,14 @@ class Options(cli.BenchmarkOptions):
     @property
     def cases(self) -> list[suite.Case]:
         cases: list[suite.Case] = []
-        for option in cli.items(self.options, dict.fromkeys(OPTIONS)):
+        for option in cli.items("--options", self.options, dict.fromkeys(OPTIONS)):
             if option == "in_backward":
-                models = cli.items(self.models, MODELS)
+                models = cli.items("--models", self.models, MODELS)
                 cases += [InBackward(name, 1, "momentum", threads=self.threads) for name in models]
                 continue
             cases += [
                 Rounding(name, shapes(), "momentum", option, dtype="bfloat16", threads=self.threads)
-                for name, shapes in cli.items(self.sets, SETS).items()
+                for name, shapes in cli.items("--sets", self.sets, SETS).items()
             ]
         return cases
 

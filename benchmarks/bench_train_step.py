@@ -355,8 +355,8 @@ class Options(cli.BenchmarkOptions):
 
     @property
     def cases(self) -> list[suite.Case]:
-        models = cli.items(self.models or ",".join(MODELS), MODELS)
-        modes = cli.items(self.modes, MOMENTA)
+        models = cli.items("--models", self.models or ",".join(MODELS), MODELS)
+        modes = cli.items("--modes", self.modes, MOMENTA)
         cases: list[suite.Case] = []
         for name, model in models.items():
             for size in self._sizes(model):

@@ -77,19 +77,19 @@ class BenchmarkOptions:
         return 1.5 if self.quick else 20.0
 
 
-def items(text: str, choices: Mapping[str, T]) -> dict[str, T]:
+def items(option: str, text: str, choices: Mapping[str, T]) -> dict[str, T]:
     """The chosen part of `choices`, named by `text` as a comma-separated list."""
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in choices:
-            raise Refusal(f"{name!r} is not one of {', '.join(choices)}")
+            raise Refusal(f"{option}: {name!r} is not one of {', '.join(choices)}")
     return {name: choices[name] for name in names}
 
 
 def positive_integers(option: str, text: str, separator: str = ",") -> list[int]:
     numbers = [number.strip() for number in text.split(separator)]
     if not all(number.isdecimal() and 0 < int(number) <= MAX_COUNT for number in numbers):
-        raise Refusal(f"{option} takes positive integers, not {text!r}")
+        raise Refusal(f"{option} takes positive integers separated by {separator!r}, not {text!r}")
     return [int(number) for number in numbers]
 
 

@@ -77,7 +77,7 @@ class Options(cli.BenchmarkOptions):
     @property
     def cases(self) -> list[Case]:
         sizes = [] if self.sizes == "none" else self.sizes.split(",")
-        sets = {} if self.sets == "none" else cli.items(self.sets, bench_sgd.SETS)
+        sets = {} if self.sets == "none" else cli.items("--sets", self.sets, bench_sgd.SETS)
         losses = [
             dataclasses.replace(bench_cross_entropy.sized(size), dtype=dtype, threads=self.threads)
             for size in sizes
@@ -233,7 +233,7 @@ def verdicts(results: Results) -> list[Verdict]:
 
 def main(options: Options) -> None:
     cases = options.cases
-    against = cli.items(options.against, peers.LOSSES | peers.OPTIMIZERS)
+    against = cli.items("--against", options.against, peers.LOSSES | peers.OPTIMIZERS)
     seconds = 60 * options.minutes
     begin = time.monotonic()
     session = driver.session(options, against, begin + COMPILING * seconds)

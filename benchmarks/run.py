@@ -93,9 +93,9 @@ class Options(cli.BenchmarkOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         cli.require_range(0, minutes=self.minutes)
-        cli.items(self.ops, dict.fromkeys(OPERATIONS))
+        cli.items("--ops", self.ops, dict.fromkeys(OPERATIONS))
         if self.against is not None:
-            cli.items(self.against, peers.ALL)
+            cli.items("--against", self.against, peers.ALL)
 
     @property
     def path(self) -> Path:
@@ -110,7 +110,7 @@ class Options(cli.BenchmarkOptions):
 
     @property
     def cases(self) -> list[Case]:
-        chosen = cli.items(self.ops, dict.fromkeys(OPERATIONS))
+        chosen = cli.items("--ops", self.ops, dict.fromkeys(OPERATIONS))
         return [case for operation in chosen for case in self._cases(operation)]
 
     def _cases(self, operation: str) -> Sequence[Case]:
@@ -170,7 +170,9 @@ def main(options: Options) -> None:
 
 def measured(cases: Sequence[Case], options: Options) -> Results:
     cli.require_writable(options.path)
-    against = peers.ALL if options.against is None else cli.items(options.against, peers.ALL)
+    against = (
+        peers.ALL if options.against is None else cli.items("--against", options.against, peers.ALL)
+    )
     begin = time.monotonic()
     session = driver.session(options, against, begin + COMPILING * options.seconds)
     end = begin + BEGINNING * options.seconds

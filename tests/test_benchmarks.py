@@ -1437,7 +1437,7 @@ def test_only_the_chosen_network_is_measured(operation: str, model: str) -> None
 
 
 def test_each_implementation_can_be_named_in_a_list() -> None:
-    assert list(cli.items(",".join(peers.ALL), peers.ALL)) == list(peers.ALL)
+    assert list(cli.items("--against", ",".join(peers.ALL), peers.ALL)) == list(peers.ALL)
 
 
 # Networks of the whole step

@@ -2280,6 +2280,22 @@ def test_bad_input_like_torch(name: str, needs_grad: bool) -> None:
     identical([LOGITS, IMAGE, TARGET, MASK], kept)
 
 
+@pytest.mark.parametrize(
+    "target, remedy",
+    [
+        (TARGET.int(), "target.long()"),
+        (TARGET.float(), "target.long()"),
+        (native.one_hot(TARGET, 5), "target.to(input.dtype)"),
+    ],
+    ids=["int32", "float", "one-hot integers"],
+)
+def test_a_target_of_the_wrong_dtype_is_told_the_right_one(target: Tensor, remedy: str) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(remedy)):
+        F.cross_entropy(LOGITS, target)
+    converted = eval(remedy, {"target": target, "input": LOGITS})
+    torch.testing.assert_close(F.cross_entropy(LOGITS, converted), F.cross_entropy(LOGITS, TARGET))
+
+
 ODD_BUT_ACCEPTED: dict[str, Callable[[Function], Tensor]] = {
     "negative smoothing": lambda f: f(LOGITS, TARGET, label_smoothing=-0.1),
     "negative smoothing, probabilities": lambda f: f(LOGITS, PROBABILITIES, label_smoothing=-0.1),

@@ -1699,7 +1699,7 @@ def test_operators_refuse_numbers_and_weights_that_the_loss_does_not_have(
         with pytest.raises(RuntimeError, match=message):
             operator("_backward")(grad_output, *arguments)
 
-    for wrong in (-1, 5, 99, 2**32):
+    for wrong in (-1, len(LOSSES), 99, 2**32):
         refused(f"no kind {wrong}", *tensors, wrong, reduction, parameter)
     for wrong in (-1, 3, 7, 2**32):
         refused(f"no reduction {wrong}", *tensors, kind, wrong, parameter)

@@ -104,7 +104,7 @@ void check_shapes(const char* op, const Tensor& logits, const Tensor& target) {
                     ": target has the shape of the logits, ", logits.sym_sizes(),
                     ", and so holds class probabilities, which must be floating point, but its "
                     "dtype is ",
-                    target.scalar_type());
+                    target.scalar_type(), "; target.to(input.dtype) converts it");
         return;
     }
     c10::SymDimVector const expected = index_shape(logits);
@@ -113,7 +113,7 @@ void check_shapes(const char* op, const Tensor& logits, const Tensor& target) {
         TORCH_CHECK(is_class_index(target), op,
                     ": target holds class indices and must have dtype Long or Byte, "
                     "but its dtype is ",
-                    target.scalar_type());
+                    target.scalar_type(), "; target.long() converts it");
         return;
     }
     auto const message =
