@@ -680,6 +680,7 @@ EXTREMES = {
     "NaN at the target": [1.0, 0.0, math.nan, 0.5],
     "huge": [3e38, -3e38, 0.0, 1.0],
     "huge at the target": [0.0, -3e38, 3e38, 1.0],
+    "huge but negative at the target": [3e38, 0.0, -3e38, 1.0],
     "all huge": [3e38] * 4,
     "all hugely negative": [-3e38] * 4,
     "far apart": [0.0, -200.0, -150.0, -90.0],
