@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -2240,6 +2241,10 @@ BAD: dict[str, tuple[Callable[[Function], Tensor], str]] = {
     ),
     "tensor for ignore_index": (
         lambda f: f(LOGITS, TARGET, ignore_index=torch.tensor(4)),
+        "ignore_index",
+    ),
+    "decimal for ignore_index": (
+        lambda f: f(LOGITS, TARGET, ignore_index=Decimal("0.5")),
         "ignore_index",
     ),
     "enormous ignore_index": (lambda f: f(LOGITS, TARGET, ignore_index=2**70), "Overflow"),
