@@ -1074,6 +1074,19 @@ def test_ordinary_gradient_with_create_graph_has_the_same_value(device: str) -> 
     torch.testing.assert_close(torch.autograd.grad(loss, logits, inputs.grad_output)[0], expected)
 
 
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_hooks_of_logits_are_called_once_with_create_graph(loss_name: str, device: str) -> None:
+    inputs = draw(Case(F32, (9, 19), loss=loss_name), device)
+    _, expected = inputs.loss_and_grad(inputs.loss.ours)
+    leaf = inputs.logits.detach().requires_grad_()
+    logits = leaf * 1
+    for value in (leaf, logits):
+        value.register_hook(lambda grad: 2 * grad)
+    loss = inputs.call(inputs.loss.ours, logits)
+    (grad,) = torch.autograd.grad(loss, leaf, inputs.grad_output, create_graph=True)
+    torch.testing.assert_close(grad.detach(), 4 * expected)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weight_gradient_like_torch(smoothing: float) -> None:
     """Torch differentiates the weight for probabilities and refuses to for class indices."""

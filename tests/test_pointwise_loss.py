@@ -942,6 +942,37 @@ def test_double_backward_like_torch(case: Case, device: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", [name for name in LOSSES if len(LOSSES[name].wanted) > 1])
+def test_double_backward_of_an_operand_that_is_a_function_of_the_other(
+    loss: str, reduction: str, device: str
+) -> None:
+    """As where a network's output is compared with its input."""
+    row, values = LOSSES[loss], torch.randn(9, 4, device=device)
+    for operands in (lambda x: (x.tanh(), x), lambda x: (x, x.tanh())):
+        results = []
+        for function in (row.ours, row.native):
+            x = values.clone().requires_grad_()
+            value = function(*operands(x), reduction=reduction).sum()
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            results.append((grad, *torch.autograd.grad(grad.square().sum(), x)))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("case", EACH_LOSS, ids=str)
+def test_hooks_of_operands_are_called_once_with_create_graph(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    _, *expected = inputs.loss_and_grads(inputs.loss.ours)
+    x, t, leaves = inputs.leaves()
+    inner = [value * 1 for value in (x, t)]
+    for value in (*inner, x, t):
+        if value.requires_grad:
+            value.register_hook(lambda grad: 2 * grad)
+    loss = inputs.call(inputs.loss.ours, *inner)
+    grads = torch.autograd.grad(loss, leaves, inputs.grad_output, create_graph=True)
+    torch.testing.assert_close([g.detach() for g in grads], [4 * grad for grad in expected])
+
+
 @pytest.mark.parametrize("loss, variant", VARIANTS)
 def test_gradient_to_every_target_and_none_to_weights(loss: str, variant: str) -> None:
     """Torch gives the first for all losses, and refuses the second."""

@@ -719,7 +719,8 @@ private:
 
     // The same gradient as a differentiable function of logits and what arrived.
     Tensor differentiable(const variable_list& grad_outputs) {
-        Tensor const x = logits.unpack();
+        c10::AutoGradMode const with_graph(true);
+        Tensor const x = logits.unpack().alias();  // without the hooks of the logits
         calls_of(options.gamma, grad_outputs.size() > 1)
             .fell_back(x.device(), kDifferentiableBackward);
         auto const [loss, lse] =
