@@ -1155,6 +1155,22 @@ def test_forward_mode_dual_tensors(device: str) -> None:
     torch.testing.assert_close(*tangents)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_forward_mode_through_backward(loss_name: str, reduction: str, device: str) -> None:
+    """The gradient is linear in what arrives: its tangent is the gradient for the tangent."""
+    inputs = draw(Case(F32, (9, 19), reduction, loss=loss_name), device)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(inputs.loss.ours, logits)
+    backward = partial(torch.autograd.grad, loss, logits, retain_graph=True)
+    tangent = torch.randn_like(loss)
+    for primal in (inputs.grad_output, torch.ones_like(loss)):
+        with forward_ad.dual_level():
+            (dual,) = backward(forward_ad.make_dual(primal, tangent))
+            actual = [value.detach() for value in forward_ad.unpack_dual(dual)]
+        torch.testing.assert_close(actual, [backward(g)[0] for g in (primal, tangent)])
+
+
 @pytest.mark.parametrize("loss_name", LOSSES)
 def test_saved_tensor_hooks(loss_name: str, device: str) -> None:
     inputs = draw(Case(F32, (9, 19), loss=loss_name), device)

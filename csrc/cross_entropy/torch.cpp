@@ -662,7 +662,7 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
         bool arrived = false;
         for (const Tensor& grad_output : grad_outputs) arrived |= grad_output.defined();
         if (!arrived || !wanted[0]) return {Tensor()};
-        if (c10::GradMode::is_enabled()) return {differentiable(grad_outputs)};
+        if (is_differentiated(grad_outputs)) return {differentiable(grad_outputs)};
         return gradients(grad_outputs, wanted);
     }
 

@@ -479,7 +479,9 @@ struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
         const Tensor& grad_output = grad_outputs[0];
         Wanted const wanted = wanted_gradients();
         if (!grad_output.defined() || !(wanted[0] || wanted[1])) return {Tensor(), Tensor()};
-        if (c10::GradMode::is_enabled()) return differentiable(grad_output, wanted[0], wanted[1]);
+        if (is_differentiated(grad_outputs)) {
+            return differentiable(grad_output, wanted[0], wanted[1]);
+        }
         return gradients(grad_outputs, wanted);
     }
 

@@ -8,6 +8,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
@@ -96,6 +98,17 @@ void for_each_chunk(std::int64_t n, std::int64_t chunk_size, const F& f) {
         for (std::int64_t chunk = begin; chunk < end; ++chunk) {
             f(chunk, chunk * chunk_size, std::min(n, (chunk + 1) * chunk_size));
         }
+    });
+}
+
+// Whether what a backward pass computes is differentiated itself, with a graph of torch's
+// operators: in reverse (create_graph=True), or forward, by what arrived. torch.func has graphs of
+// its own.
+inline bool is_differentiated(const torch::autograd::variable_list& grad_outputs) {
+    if (c10::GradMode::is_enabled()) return true;
+    if (in_functorch()) return false;
+    return std::any_of(grad_outputs.begin(), grad_outputs.end(), [](const at::Tensor& grad_output) {
+        return torch::autograd::isFwGradDefined(grad_output);
     });
 }
 
