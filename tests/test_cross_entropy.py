@@ -908,6 +908,38 @@ def test_backward_twice_needs_retain_graph(case: Case, device: str) -> None:
         loss.backward()
 
 
+def test_a_hook_that_raises_spoils_no_later_backward(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+    inputs.grad_output = torch.tensor(3.0, device=device)
+    _, expected = inputs.loss_and_grad(F.cross_entropy)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(F.cross_entropy, logits)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    assert loss.grad_fn is not None
+    hook = loss.grad_fn.register_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward(inputs.grad_output)
+    hook.remove()
+    try:
+        loss.backward(inputs.grad_output)
+    except RuntimeError as refusal:
+        assert "second time" in str(refusal)
+    else:
+        torch.testing.assert_close(logits.grad, expected)
+
+
+def test_a_node_refuses_what_is_no_gradient_of_its_loss(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+    node = inputs.call(F.cross_entropy, inputs.logits.requires_grad_()).grad_fn
+    assert node is not None
+    for wrong in (torch.tensor(2), torch.ones(0), torch.ones(2)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="grad_output must be one"):
+            node(wrong.to(device))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, 3.7, 65536.0])
 def test_scaled_scalar_losses(scale: float, device: str) -> None:
     inputs = draw(Case(F32, (9, 19), "mean", True, 0.1), device)

@@ -758,6 +758,36 @@ def test_backward_twice_needs_retain_graph(case: Case, device: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("case", EACH_LOSS, ids=str)
+def test_a_hook_that_raises_spoils_no_later_backward(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    inputs.grad_output = torch.tensor(3.0, device=device)
+    _, *expected = inputs.loss_and_grads(inputs.loss.ours)
+    x, t, leaves = inputs.leaves()
+    loss = inputs.call(inputs.loss.ours, x, t)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    assert loss.grad_fn is not None
+    hook = loss.grad_fn.register_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward(inputs.grad_output)
+    hook.remove()
+    loss.backward(inputs.grad_output)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], expected)
+
+
+def test_a_node_refuses_what_is_no_gradient_of_its_loss(device: str) -> None:
+    for case in EACH_LOSS:
+        inputs = draw(case, device)
+        node = inputs.call(inputs.loss.ours, inputs.input.requires_grad_()).grad_fn
+        assert node is not None
+        for wrong in (torch.tensor(2), torch.ones(0), torch.ones(2)):
+            with torch.no_grad(), pytest.raises(RuntimeError, match="grad_output must be one"):
+                node(wrong.to(device))
+
+
 @pytest.mark.parametrize("case", [c for c in GRADED if c.wanted == ("input", "target")], ids=str)
 def test_one_of_two_gradients(case: Case, device: str) -> None:
     """Asked for alone, each is the same as together."""

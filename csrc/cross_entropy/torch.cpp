@@ -679,6 +679,7 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     }
 
     Tensor recomputed(const Tensor& grad_output) {
+        TORCH_CHECK(stats.defined(), torch::autograd::ERR_BACKWARD_TWICE);
         // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
         Tensor const saved_logits = logits.unpack();
         Tensor const saved_target = target.unpack();

@@ -142,6 +142,12 @@ at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_
         in_dispatch_mode()) {
         return at::mul(grad, grad_output).to(grad.scalar_type());
     }
+    // What calls a node past autograd's engine may bring anything.
+    TORCH_CHECK(grad_output.numel() == 1 && kernel_dtype(grad_output.scalar_type()) &&
+                    grad_output.device() == grad.device(),
+                "a loss's backward: grad_output must be one floating-point number on ",
+                grad.device(), ", but has shape ", grad_output.sizes(), " and dtype ",
+                grad_output.scalar_type(), " on ", grad_output.device());
     bool const keep = torch::autograd::get_current_graph_task_keep_graph();
     bool const narrow = is_narrow(grad.scalar_type());
 #if defined(FUSEDSTEP_CUDA)
@@ -170,7 +176,10 @@ at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_
         if (!keep) grad = at::Tensor();  // its memory is free before another gradient is made
         return node.recomputed(grad_output);
     }
-    return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
+    if (keep) return at::mul(grad, grad_output);
+    // No longer saved: a hook may raise before the graph is freed.
+    at::Tensor const result = std::move(grad);
+    return result.mul_(grad_output);
 }
 
 }  // namespace fusedstep
