@@ -45,13 +45,13 @@ private:
     c10::SmallVector<const at::Tensor*, 4> tensors_;
 };
 
-// A Python number as a T, or none; no tensor, whose gradient might be wanted.
+// A Python number as a T, or none: for what would be rounded to an integer, and for a tensor, whose
+// gradient might be wanted.
 template <class T>
 std::optional<T> number(py::handle object) {
+    constexpr bool convert = std::is_floating_point_v<T>;
     py::detail::make_caster<T> caster;
-    if (THPVariable_Check(object.ptr()) || !caster.load(object, /*convert=*/true)) {
-        return std::nullopt;
-    }
+    if (THPVariable_Check(object.ptr()) || !caster.load(object, convert)) return std::nullopt;
     return static_cast<T>(caster);
 }
 

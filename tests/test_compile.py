@@ -443,6 +443,21 @@ def test_export(strict: bool) -> None:
     torch.testing.assert_close(trained.linear.weight.grad, model.linear.weight.grad)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")
+def test_export_for_any_number_of_classes(strict: bool) -> None:
+    rows, classes = torch.export.Dim("rows"), torch.export.Dim("classes")
+    criterion = fusedstep.CrossEntropyLoss()
+    x, t = torch.randn(9, 11), torch.randint(11, (9,))
+    program = torch.export.export(
+        criterion, (x, t), dynamic_shapes=({0: rows, 1: classes}, {0: rows}), strict=strict
+    )
+    assert operators(program.graph) == ["fusedstep.cross_entropy"]
+    x, t = torch.randn(17, 300), torch.randint(300, (17,))
+    for exported in (program, program.run_decompositions()):
+        identical(exported.module()(x, t), criterion(x, t))
+
+
 def beneath(name: str) -> str:
     """What the operators beneath a loss of the table begin with."""
     room = "cross_entropy" if LOSSES[name][0] == "cross_entropy" else "pointwise_loss"

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -680,6 +681,7 @@ EXTREMES = {
     "NaN at the target": [1.0, 0.0, math.nan, 0.5],
     "huge": [3e38, -3e38, 0.0, 1.0],
     "huge at the target": [0.0, -3e38, 3e38, 1.0],
+    "huge but negative at the target": [3e38, 0.0, -3e38, 1.0],
     "all huge": [3e38] * 4,
     "all hugely negative": [-3e38] * 4,
     "far apart": [0.0, -200.0, -150.0, -90.0],
@@ -906,6 +908,38 @@ def test_backward_twice_needs_retain_graph(case: Case, device: str) -> None:
         loss.backward()
 
 
+def test_a_hook_that_raises_spoils_no_later_backward(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+    inputs.grad_output = torch.tensor(3.0, device=device)
+    _, expected = inputs.loss_and_grad(F.cross_entropy)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(F.cross_entropy, logits)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    assert loss.grad_fn is not None
+    hook = loss.grad_fn.register_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward(inputs.grad_output)
+    hook.remove()
+    try:
+        loss.backward(inputs.grad_output)
+    except RuntimeError as refusal:
+        assert "second time" in str(refusal)
+    else:
+        torch.testing.assert_close(logits.grad, expected)
+
+
+def test_a_node_refuses_what_is_no_gradient_of_its_loss(device: str) -> None:
+    inputs = draw(Case(F32, (9, 19)), device)
+    node = inputs.call(F.cross_entropy, inputs.logits.requires_grad_()).grad_fn
+    assert node is not None
+    for wrong in (torch.tensor(2), torch.ones(0), torch.ones(2)):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="grad_output must be one"):
+            node(wrong.to(device))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, 3.7, 65536.0])
 def test_scaled_scalar_losses(scale: float, device: str) -> None:
     inputs = draw(Case(F32, (9, 19), "mean", True, 0.1), device)
@@ -1072,6 +1106,19 @@ def test_ordinary_gradient_with_create_graph_has_the_same_value(device: str) -> 
     torch.testing.assert_close(torch.autograd.grad(loss, logits, inputs.grad_output)[0], expected)
 
 
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_hooks_of_logits_are_called_once_with_create_graph(loss_name: str, device: str) -> None:
+    inputs = draw(Case(F32, (9, 19), loss=loss_name), device)
+    _, expected = inputs.loss_and_grad(inputs.loss.ours)
+    leaf = inputs.logits.detach().requires_grad_()
+    logits = leaf * 1
+    for value in (leaf, logits):
+        value.register_hook(lambda grad: 2 * grad)
+    loss = inputs.call(inputs.loss.ours, logits)
+    (grad,) = torch.autograd.grad(loss, leaf, inputs.grad_output, create_graph=True)
+    torch.testing.assert_close(grad.detach(), 4 * expected)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_weight_gradient_like_torch(smoothing: float) -> None:
     """Torch differentiates the weight for probabilities and refuses to for class indices."""
@@ -1138,6 +1185,22 @@ def test_forward_mode_dual_tensors(device: str) -> None:
             tangents.append(forward_ad.unpack_dual(inputs.call(function, dual)).tangent)
     assert tangents[0] is not None
     torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss_name", LOSSES)
+def test_forward_mode_through_backward(loss_name: str, reduction: str, device: str) -> None:
+    """The gradient is linear in what arrives: its tangent is the gradient for the tangent."""
+    inputs = draw(Case(F32, (9, 19), reduction, loss=loss_name), device)
+    logits = inputs.logits.detach().requires_grad_()
+    loss = inputs.call(inputs.loss.ours, logits)
+    backward = partial(torch.autograd.grad, loss, logits, retain_graph=True)
+    tangent = torch.randn_like(loss)
+    for primal in (inputs.grad_output, torch.ones_like(loss)):
+        with forward_ad.dual_level():
+            (dual,) = backward(forward_ad.make_dual(primal, tangent))
+            actual = [value.detach() for value in forward_ad.unpack_dual(dual)]
+        torch.testing.assert_close(actual, [backward(g)[0] for g in (primal, tangent)])
 
 
 @pytest.mark.parametrize("loss_name", LOSSES)
@@ -2239,6 +2302,10 @@ BAD: dict[str, tuple[Callable[[Function], Tensor], str]] = {
     ),
     "tensor for ignore_index": (
         lambda f: f(LOGITS, TARGET, ignore_index=torch.tensor(4)),
+        "ignore_index",
+    ),
+    "decimal for ignore_index": (
+        lambda f: f(LOGITS, TARGET, ignore_index=Decimal("0.5")),
         "ignore_index",
     ),
     "enormous ignore_index": (lambda f: f(LOGITS, TARGET, ignore_index=2**70), "Overflow"),

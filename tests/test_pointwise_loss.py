@@ -758,6 +758,36 @@ def test_backward_twice_needs_retain_graph(case: Case, device: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("case", EACH_LOSS, ids=str)
+def test_a_hook_that_raises_spoils_no_later_backward(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    inputs.grad_output = torch.tensor(3.0, device=device)
+    _, *expected = inputs.loss_and_grads(inputs.loss.ours)
+    x, t, leaves = inputs.leaves()
+    loss = inputs.call(inputs.loss.ours, x, t)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    assert loss.grad_fn is not None
+    hook = loss.grad_fn.register_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward(inputs.grad_output)
+    hook.remove()
+    loss.backward(inputs.grad_output)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], expected)
+
+
+def test_a_node_refuses_what_is_no_gradient_of_its_loss(device: str) -> None:
+    for case in EACH_LOSS:
+        inputs = draw(case, device)
+        node = inputs.call(inputs.loss.ours, inputs.input.requires_grad_()).grad_fn
+        assert node is not None
+        for wrong in (torch.tensor(2), torch.ones(0), torch.ones(2)):
+            with torch.no_grad(), pytest.raises(RuntimeError, match="grad_output must be one"):
+                node(wrong.to(device))
+
+
 @pytest.mark.parametrize("case", [c for c in GRADED if c.wanted == ("input", "target")], ids=str)
 def test_one_of_two_gradients(case: Case, device: str) -> None:
     """Asked for alone, each is the same as together."""
@@ -942,6 +972,37 @@ def test_double_backward_like_torch(case: Case, device: str) -> None:
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("loss", [name for name in LOSSES if len(LOSSES[name].wanted) > 1])
+def test_double_backward_of_an_operand_that_is_a_function_of_the_other(
+    loss: str, reduction: str, device: str
+) -> None:
+    """As where a network's output is compared with its input."""
+    row, values = LOSSES[loss], torch.randn(9, 4, device=device)
+    for operands in (lambda x: (x.tanh(), x), lambda x: (x, x.tanh())):
+        results = []
+        for function in (row.ours, row.native):
+            x = values.clone().requires_grad_()
+            value = function(*operands(x), reduction=reduction).sum()
+            (grad,) = torch.autograd.grad(value, x, create_graph=True)
+            results.append((grad, *torch.autograd.grad(grad.square().sum(), x)))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("case", EACH_LOSS, ids=str)
+def test_hooks_of_operands_are_called_once_with_create_graph(case: Case, device: str) -> None:
+    inputs = draw(case, device)
+    _, *expected = inputs.loss_and_grads(inputs.loss.ours)
+    x, t, leaves = inputs.leaves()
+    inner = [value * 1 for value in (x, t)]
+    for value in (*inner, x, t):
+        if value.requires_grad:
+            value.register_hook(lambda grad: 2 * grad)
+    loss = inputs.call(inputs.loss.ours, *inner)
+    grads = torch.autograd.grad(loss, leaves, inputs.grad_output, create_graph=True)
+    torch.testing.assert_close([g.detach() for g in grads], [4 * grad for grad in expected])
+
+
 @pytest.mark.parametrize("loss, variant", VARIANTS)
 def test_gradient_to_every_target_and_none_to_weights(loss: str, variant: str) -> None:
     """Torch gives the first for all losses, and refuses the second."""
@@ -1011,6 +1072,31 @@ def test_forward_mode_dual_tensors(loss: str, variant: str, dual: str, device: s
             tangents.append(forward_ad.unpack_dual(inputs.call(function, **{dual: made})).tangent)
     assert tangents[0] is not None
     torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("case", EACH_LOSS, ids=str)
+def test_forward_mode_through_backward_like_torch(case: Case, reduction: str, device: str) -> None:
+    """The tangent of what arrives reaches the gradients, where torch's operators can do that."""
+    inputs = draw(replace(case, reduction=reduction), device)
+    tangent = torch.randn_like(inputs.grad_output)
+
+    def outcome(function: Function, primal: Tensor) -> Any:
+        x, t, leaves = inputs.leaves()
+        loss = inputs.call(function, x, t)
+        with forward_ad.dual_level():
+            try:
+                duals = torch.autograd.grad(loss, leaves, forward_ad.make_dual(primal, tangent))
+            except RuntimeError as refusal:
+                return type(refusal)
+            return [v.detach() for dual in duals for v in forward_ad.unpack_dual(dual)]
+
+    for primal in (inputs.grad_output, torch.ones_like(tangent)):
+        actual, expected = (outcome(f, primal) for f in (inputs.loss.ours, inputs.loss.native))
+        if isinstance(expected, list):
+            torch.testing.assert_close(actual, expected)
+        else:
+            assert actual is expected
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

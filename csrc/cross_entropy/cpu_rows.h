@@ -420,10 +420,10 @@ double forward_by_row(const Problem<T, Dense>& p, std::int64_t begin, std::int64
                 u_y = index_coefficient(row_weight, p.smoothing);
                 A const x_y = to_acc(x[y]);
                 shifted_y = x_y - m;
-                // What that is rounded by, where the maximum is the larger of the two; NaN where
-                // x_y is infinite.
+                // What that is rounded by, where the maximum is the larger of the two; not finite
+                // where one of the three is not.
                 A const lost = x_y - (shifted_y + m);
-                if (lost == lost) sums.target_dot += u_y * lost;
+                if (std::isfinite(lost)) sums.target_dot += u_y * lost;
                 sums.target_sum = dense.mass + u_y;
                 if (grad) e_y = e[y];
             }

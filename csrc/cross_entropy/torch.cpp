@@ -166,7 +166,8 @@ Covered<at::ScalarType> covered_loss_type(const char* op, const Tensor& logits,
         return not_covered("a number of dimensions that the kernels do not walk");
     }
     if (class_count(logits) == 0) return not_covered("no classes");
-    if (class_count(logits) > kMaxClasses) {
+    // Of a symbol no bound is asked: a program would be exported for fewer classes only.
+    if (class_count(logits).maybe_as_int().value_or(0) > kMaxClasses) {
         return not_covered("more classes than the kernels count");
     }
     if (!is_reduction(options.reduction)) return not_covered("an unknown reduction");
@@ -661,7 +662,7 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
         bool arrived = false;
         for (const Tensor& grad_output : grad_outputs) arrived |= grad_output.defined();
         if (!arrived || !wanted[0]) return {Tensor()};
-        if (c10::GradMode::is_enabled()) return {differentiable(grad_outputs)};
+        if (is_differentiated(grad_outputs)) return {differentiable(grad_outputs)};
         return gradients(grad_outputs, wanted);
     }
 
@@ -678,6 +679,7 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     }
 
     Tensor recomputed(const Tensor& grad_output) {
+        TORCH_CHECK(stats.defined(), torch::autograd::ERR_BACKWARD_TWICE);
         // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
         Tensor const saved_logits = logits.unpack();
         Tensor const saved_target = target.unpack();
@@ -718,7 +720,8 @@ private:
 
     // The same gradient as a differentiable function of logits and what arrived.
     Tensor differentiable(const variable_list& grad_outputs) {
-        Tensor const x = logits.unpack();
+        c10::AutoGradMode const with_graph(true);
+        Tensor const x = logits.unpack().alias();  // without the hooks of the logits
         calls_of(options.gamma, grad_outputs.size() > 1)
             .fell_back(x.device(), kDifferentiableBackward);
         auto const [loss, lse] =

@@ -479,7 +479,9 @@ struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
         const Tensor& grad_output = grad_outputs[0];
         Wanted const wanted = wanted_gradients();
         if (!grad_output.defined() || !(wanted[0] || wanted[1])) return {Tensor(), Tensor()};
-        if (c10::GradMode::is_enabled()) return differentiable(grad_output, wanted[0], wanted[1]);
+        if (is_differentiated(grad_outputs)) {
+            return differentiable(grad_output, wanted[0], wanted[1]);
+        }
         return gradients(grad_outputs, wanted);
     }
 
@@ -518,16 +520,19 @@ private:
 
     // The same gradients as differentiable functions of the operands and grad_output: torch's ops.
     variable_list differentiable(const Tensor& grad_output, bool of_input, bool of_target) {
-        Call const saved = saved_call();
-        calls(kind).fell_back(saved.input.device(), kDifferentiableBackward);
-        Call call = saved;
-        call.input = saved.input.to(loss_dtype);
-        call.target = saved.target.to(loss_dtype);
+        c10::AutoGradMode const with_graph(true);
+        Call call = saved_call();
+        calls(kind).fell_back(call.input.device(), kDifferentiableBackward);
+        // Without the hooks of the operands, one of which may be a function of the other.
+        Tensor const input_alias = call.input.alias();
+        Tensor const target_alias = call.target.alias();
+        call.input = input_alias.to(loss_dtype);
+        call.target = target_alias.to(loss_dtype);
         if (call.weight) call.weight = call.weight->to(loss_dtype);
         if (call.pos_weight) call.pos_weight = call.pos_weight->to(loss_dtype);
         variable_list wanted;
-        if (of_input) wanted.push_back(saved.input);
-        if (of_target) wanted.push_back(saved.target);
+        if (of_input) wanted.push_back(input_alias);
+        if (of_target) wanted.push_back(target_alias);
         variable_list grads = torch::autograd::grad({torch_loss(call)}, wanted, {grad_output},
                                                     /*retain_graph=*/true, /*create_graph=*/true);
         variable_list result(2);

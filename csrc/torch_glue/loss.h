@@ -8,6 +8,8 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mul.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
@@ -99,6 +101,17 @@ void for_each_chunk(std::int64_t n, std::int64_t chunk_size, const F& f) {
     });
 }
 
+// Whether what a backward pass computes is differentiated itself, with a graph of torch's
+// operators: in reverse (create_graph=True), or forward, by what arrived. torch.func has graphs of
+// its own.
+inline bool is_differentiated(const torch::autograd::variable_list& grad_outputs) {
+    if (c10::GradMode::is_enabled()) return true;
+    if (in_functorch()) return false;
+    return std::any_of(grad_outputs.begin(), grad_outputs.end(), [](const at::Tensor& grad_output) {
+        return torch::autograd::isFwGradDefined(grad_output);
+    });
+}
+
 // ---- A gradient that the forward pass has computed ----
 
 // Whether it is: with reduction "mean" or "sum", while what it is made of is in cache. It is left
@@ -129,6 +142,12 @@ at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_
         in_dispatch_mode()) {
         return at::mul(grad, grad_output).to(grad.scalar_type());
     }
+    // What calls a node past autograd's engine may bring anything.
+    TORCH_CHECK(grad_output.numel() == 1 && kernel_dtype(grad_output.scalar_type()) &&
+                    grad_output.device() == grad.device(),
+                "a loss's backward: grad_output must be one floating-point number on ",
+                grad.device(), ", but has shape ", grad_output.sizes(), " and dtype ",
+                grad_output.scalar_type(), " on ", grad_output.device());
     bool const keep = torch::autograd::get_current_graph_task_keep_graph();
     bool const narrow = is_narrow(grad.scalar_type());
 #if defined(FUSEDSTEP_CUDA)
@@ -157,7 +176,10 @@ at::Tensor scaled_gradient(Node& node, at::Tensor& grad, const at::Tensor& grad_
         if (!keep) grad = at::Tensor();  // its memory is free before another gradient is made
         return node.recomputed(grad_output);
     }
-    return keep ? at::mul(grad, grad_output) : std::move(grad).mul_(grad_output);
+    if (keep) return at::mul(grad, grad_output);
+    // No longer saved: a hook may raise before the graph is freed.
+    at::Tensor const result = std::move(grad);
+    return result.mul_(grad_output);
 }
 
 }  // namespace fusedstep
