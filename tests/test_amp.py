@@ -7,6 +7,7 @@ rounds to under autocast is tested beside each loss.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -227,10 +228,17 @@ def assert_same(ours: Run, theirs: Run) -> None:
     assert all(torch.isfinite(p).all() for p in ours.parameters)
 
 
+@pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_steps_that_overflow(overflow: str, clip: float | None, device: str) -> None:
-    ours, theirs = both(Task.draw(device), OVERFLOWS[overflow], clip=clip)
+def test_steps_that_overflow(
+    overflow: str, clip: float | None, fused: bool | None, device: str
+) -> None:
+    """With fused=True the step is given the scale and the flag."""
+    how: dict[str, Any] = {"criterion": fusedstep.CrossEntropyLoss(), "clip": clip}
+    task, overflow_at = Task.draw(device), OVERFLOWS[overflow]
+    ours = train(task, fusedstep.SGD, overflow_at, options={**MOMENTUM, "fused": fused}, **how)
+    theirs = train(task, NativeSGD, overflow_at, **how)
     assert_same(ours, theirs)
     if overflow == "first":
         assert ours.scales[0] == 512.0
@@ -360,6 +368,53 @@ def test_autocast_and_scaler_together(dtype: torch.dtype, overflow: str, device:
     # A 16-bit gradient may be rounded to either neighbour: at most 2e-5 of a weight was seen.
     torch.testing.assert_close(ours.losses, native.losses, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.parameters, native.parameters, rtol=0.0, atol=1e-4)
+
+
+class Clipping(fusedstep.SGD):
+    """Has a step around ours that looks like it."""
+
+    @functools.wraps(fusedstep.SGD.step)
+    def step(self, closure: Any = None) -> Any:
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        return super().step(closure)
+
+
+class NativeClipping(torch.optim.SGD):
+    @functools.wraps(torch.optim.SGD.step)
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        nn.utils.clip_grad_norm_(self.param_groups[0]["params"], 1.0)
+        return super().step(closure)
+
+
+def clipping_by_hook(sgd: Callable[..., torch.optim.Optimizer], params: Any, **options: Any) -> Any:
+    def clip(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+
+    optimizer = sgd(params, **options)
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+@pytest.mark.parametrize("by", ["hook", "subclass"])
+def test_what_surrounds_a_step_meets_gradients_without_the_scale(by: str, device: str) -> None:
+    """And is left out with a step that overflowed, as with torch's SGD unless it is fused."""
+    task, loss = Task.draw(device), fusedstep.CrossEntropyLoss()
+    if by == "hook":
+        pair = tuple(partial(clipping_by_hook, sgd) for sgd in (fusedstep.SGD, NativeSGD))
+    else:
+        pair = (Clipping, partial(NativeClipping, foreach=False))
+    assert_same(*(train(task, sgd, {0, 3}, criterion=loss) for sgd in pair))
+
+
+@pytest.mark.parametrize("fused", [None, False, True])
+def test_who_unscales_is_what_torch_says(fused: bool | None) -> None:
+    """GradScaler, its subclasses and the libraries around them look at this attribute."""
+    params = [nn.Parameter(torch.ones(3))]
+    ours, theirs = (
+        getattr(sgd(params, lr=0.1, fused=fused), "_step_supports_amp_scaling", False)
+        for sgd in (fusedstep.SGD, torch.optim.SGD)
+    )
+    assert ours == theirs == bool(fused)
 
 
 def test_a_disabled_scaler_is_not_there(device: str) -> None:

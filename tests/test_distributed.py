@@ -27,6 +27,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.distributed.tensor import (
     DTensor,
@@ -323,6 +324,26 @@ def check_update_in_backward_is_refused(device: torch.device) -> None:
         assert not optimizer.state
 
 
+def check_scaler_of_shards(device: torch.device) -> None:
+    """ShardedGradScaler asks all ranks: where one overflows none steps, and they keep one scale."""
+    ended = []
+    for make in SGDS:
+        shard = torch.randn(33, generator=torch.Generator().manual_seed(dist.get_rank()))
+        param = nn.Parameter(shard.to(device))
+        optimizer = make([param], **MOMENTUM)
+        scaler = ShardedGradScaler(device.type, init_scale=1024.0, growth_interval=2)
+        steps = []
+        for index in range(5):
+            optimizer.zero_grad()
+            overflows = index in (0, 3) and dist.get_rank() == 1
+            scaler.scale((param * (torch.inf if overflows else index)).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            steps.append((param.detach().clone(), scaler.get_scale()))
+        ended.append(steps)
+    identical(*ended)
+
+
 @pytest.mark.parametrize(
     ("world", "check"),
     [
@@ -335,6 +356,7 @@ def check_update_in_backward_is_refused(device: torch.device) -> None:
         (2, check_zero_redundancy),
         (2, check_model_averaging),
         (2, check_update_in_backward_is_refused),
+        (2, check_scaler_of_shards),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

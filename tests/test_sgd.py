@@ -263,7 +263,7 @@ def test_an_overflow_changes_nothing(
     options = {"lr": 0.1, **options}
     params = parameters([100, 1000])
     twins = clones(params)
-    ours, theirs = SGD(params, **options), NativeSGD(twins, **options)
+    ours, theirs = SGD(params, **options, fused=True), NativeSGD(twins, **options)
     device = params[0].device.type
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, growth_interval=1000)
     scale = torch.tensor(1024.0)

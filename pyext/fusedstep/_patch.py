@@ -65,7 +65,6 @@ _REPLACEMENTS = [
             "step",
             "zero_grad",
             "_step_by_torch",
-            "_step_supports_amp_scaling",
             "_master_of",  # what follows is what these read
             "_rounding",
             "master_weights",

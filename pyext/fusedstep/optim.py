@@ -94,21 +94,6 @@ def _require_finite(group: dict[str, Any]) -> None:
             raise ValueError(f"Invalid {name}: {value}")
 
 
-class _IfStepIsOurs:
-    """Whether ``step`` is :meth:`SGD.step`, maybe inside what an LR scheduler wraps around it.
-
-    The step of a subclass knows nothing of GradScaler's scale. Without a setter: torch's
-    constructor gives the attribute to instances with ``fused=True``.
-    """
-
-    def __get__(self, optimizer: Optimizer | None, owner: type[Optimizer]) -> bool:
-        step: Any = owner.step if optimizer is None else optimizer.step
-        step = getattr(step, "__func__", step)
-        while step is not SGD.step and hasattr(step, "__wrapped__"):
-            step = step.__wrapped__
-        return step is SGD.step
-
-
 def _unscaled_grad(param: Tensor, grad_scale: float, master: Tensor) -> Tensor:
     """The gradient divided by the scale, in the master weight's dtype if there is a master weight.
 
@@ -177,8 +162,9 @@ class SGD(torch.optim.SGD):
 
     Constructor, parameter groups, ``state_dict``, hooks and the protocol of
     :class:`torch.amp.GradScaler` are torch's, and each loads the other's checkpoints. ``foreach``
-    and ``fused`` are accepted and stored, but have no effect: every step that the kernels cover is
-    fused.
+    and ``fused`` are accepted and stored: every step that the kernels cover is fused. With
+    ``fused=True`` GradScaler hands its scale and its overflow flag to ``step``, as it does to
+    torch's; otherwise it unscales the gradients before the step and skips one that overflowed.
 
     Covered are dense float32, float64, bfloat16 and float16 parameters of any shape on the CPU and
     on CUDA, in any mix, with gradients and momentum buffers of the same dtype and device. Of a
@@ -193,8 +179,8 @@ class SGD(torch.optim.SGD):
     before the capture: one that makes momentum buffers or master weights cannot be captured,
     because every replay would make them anew. A tensor ``lr`` on the parameter's device is read
     there when the kernel runs. So it is not checked, and a captured step sees its changes. The
-    scale and the overflow flag of :class:`torch.amp.GradScaler` are read in the same way; a first
-    step that overflows leaves momentum buffers of zeros. With ``dampening`` a parameter's first
+    scale and the overflow flag that GradScaler hands over are read in the same way; a first step
+    that overflows leaves momentum buffers of zeros. With ``dampening`` a parameter's first
     step with momentum waits for that flag.
 
     Raises:
@@ -218,10 +204,12 @@ class SGD(torch.optim.SGD):
             parameter, in one pass: master weights and momentum are those of a float32 run on the
             same gradients. An element of a parameter that differs from its rounded master weight
             must have been written since the last step, by ``load_state_dict`` of the model or by
-            hand; it replaces the master weight. :class:`torch.amp.GradScaler`'s scale is divided
-            out in float32. Torch's SGD can load such a checkpoint: it rounds the momentum to the
-            parameter's dtype and ignores the master weights. When a checkpoint of torch's is loaded
-            here, the master weights begin as copies of the parameters.
+            hand; it replaces the master weight. With ``fused=True``
+            :class:`torch.amp.GradScaler`'s scale is divided out in float32, and float16 gradients
+            are accepted, which it refuses otherwise. Torch's SGD can load such a checkpoint: it
+            rounds the momentum to the parameter's dtype and ignores the master weights. When a
+            checkpoint of torch's is loaded here, the master weights begin as copies of the
+            parameters.
         stochastic_rounding: Whether to round bfloat16 parameters up or down at random, so that
             small updates are not lost but add up on average. The probability of rounding to one of
             the two neighbouring values grows linearly with the distance from the other. Momentum is
@@ -231,8 +219,8 @@ class SGD(torch.optim.SGD):
             CUDA, for any number of threads and in a resumed run, and replicas stay equal. Each
             part of a DTensor has its own random numbers; ranks that hold the same part draw the
             same ones. Refused are float16 parameters, parameters that the kernels do not cover, and
-            capture in a CUDA graph, whose replays would all draw the same numbers. Under
-            :class:`torch.amp.GradScaler` on CUDA a skipped step counts as a step.
+            capture in a CUDA graph, whose replays would all draw the same numbers. With
+            ``fused=True``, a step that GradScaler's flag skips on CUDA counts as a step.
         seed: The seed of stochastic rounding; an integer in [0, 2**64).
         in_backward: Whether ``backward`` itself updates each parameter as soon as its gradient is
             complete, and then sets the gradient to None, so that only one gradient is in memory at
@@ -249,9 +237,6 @@ class SGD(torch.optim.SGD):
             :meth:`remove_backward_hooks`; copies of the optimizer update their own copies of the
             parameters.
     """
-
-    # Asks GradScaler to hand over its scale instead of unscaling gradients in a pass of its own.
-    _step_supports_amp_scaling = _IfStepIsOurs()
 
     master_weights: bool = False
     stochastic_rounding: bool = False
@@ -313,6 +298,8 @@ class SGD(torch.optim.SGD):
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         self.in_backward = in_backward
+        if in_backward:
+            self._step_supports_amp_scaling = True  # GradScaler comes to step(), to be refused
         self._hooks: list[RemovableHandle] = []
         self._rounding = _C.Rounding(
             master_weights=master_weights, seed=seed if stochastic_rounding else None

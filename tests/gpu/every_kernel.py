@@ -110,7 +110,7 @@ def mixed_precision_sgd(device: str) -> None:
 def scaled_sgd(device: str) -> None:
     """A step whose gradients are unscaled, and one that is skipped."""
     parameter = torch.randn(1025, device=device, requires_grad=True)
-    optimizer = SGD([parameter], lr=0.1, momentum=0.9)
+    optimizer = SGD([parameter], lr=0.1, momentum=0.9, fused=True)  # is given the scale
     scaler = torch.amp.GradScaler(device)
     for factor in (1.0, float("inf")):
         optimizer.zero_grad()
