@@ -170,7 +170,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
     py::class_<Rounding>(m, "Rounding")
         .def(py::init<bool, std::optional<std::uint64_t>>(), py::kw_only(),
-             py::arg("master_weights"), py::arg("seed"));
+             py::arg("master_weights"), py::arg("seed"))
+        .def_readonly("master_weights", &Rounding::master_weights);
     m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
     m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::sgd::step_in_backward));
     m.def("sgd_refuse_capture", torch::wrap_pybind_function(&fusedstep::sgd::refuse_capture));

@@ -463,6 +463,48 @@ def test_a_subclass_of_our_sgd_gets_gradients_without_the_scale() -> None:
     assert torch.equal(p, -torch.ones(5))
 
 
+def test_what_was_taken_while_patched_stays_ours() -> None:
+    params = parameters()
+    params.append(nn.Parameter(torch.randn(20)[::2]))  # left to torch's functions
+    params[-1].grad = torch.ones(10)
+    with fusedstep.patched():
+        optimizer = torch.optim.SGD(params, lr=0.5, momentum=0.9)
+        zero_grad = optimizer.zero_grad
+        torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    for p, old in zip(params, before, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.detach(), old - 0.5 * p.grad)
+    assert fused("SGD") == 3
+    zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+class NamedSGD(torch.optim.SGD):
+    """Has attributes of its own that are called as arguments of ours."""
+
+    master_weights = True
+    stochastic_rounding = True
+    in_backward = True
+    seed = None
+
+
+@pytest.mark.parametrize("fused", [None, True])
+def test_attributes_of_a_subclass_are_its_own(fused: bool | None) -> None:
+    results = []
+    for patch in (contextlib.nullcontext, fusedstep.patched):
+        p = nn.Parameter(torch.ones(20, dtype=torch.bfloat16)[::2])  # left to torch's functions
+        with patch():
+            optimizer = NamedSGD([p], lr=0.5, fused=fused if patch is fusedstep.patched else None)
+            scaler = torch.amp.GradScaler(p.device.type, init_scale=4.0)
+            scaler.scale(p.sum()).backward()
+            scaler.step(optimizer)
+        results.append(p.detach())
+        assert not optimizer.state[p]
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=str)
 def test_torchs_other_implementations(options: dict[str, bool]) -> None:
     ours, theirs = parameters(), parameters()

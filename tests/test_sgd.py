@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import math
@@ -974,6 +975,28 @@ def test_step_hooks_in_order() -> None:
         handle.remove()
     optimizer.step()
     assert len(seen) == 5
+
+
+def test_hooks_of_a_class_whose_step_somebody_wraps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools do that trace or time. Hooks run once, in a subclass with its own step too."""
+    original = SGD.step
+
+    @functools.wraps(original)
+    def wrapped(self: SGD, closure: Any = None) -> Any:
+        return original(self, closure)
+
+    class Subclass(SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    monkeypatch.setattr(SGD, "step", wrapped)
+    for cls in (SGD, Subclass):
+        seen: list[str] = []
+        optimizer = cls(parameters([3]), lr=0.1)
+        optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.append("pre"))
+        optimizer.register_step_post_hook(lambda *_, seen=seen: seen.append("post"))
+        optimizer.step()
+        assert seen == ["pre", "post"]
 
 
 def test_hooks_that_change_the_arguments() -> None:

@@ -174,6 +174,83 @@ def test_groups_schedules_and_groups_added_on_the_way() -> None:
     assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"] < 0.3
 
 
+def _swap_groups(optimizer: SGD) -> None:
+    optimizer.param_groups.reverse()
+
+
+def _leave_out(optimizer: SGD) -> None:
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+
+
+def _move(optimizer: SGD) -> None:
+    first, second = (group["params"] for group in optimizer.param_groups)
+    second.append(first.pop(0))
+
+
+def _insert(optimizer: SGD) -> None:
+    optimizer.param_groups[0]["params"].insert(0, nn.Parameter(torch.zeros(3)))
+
+
+@pytest.mark.parametrize("change", [_swap_groups, _leave_out, _move, _insert])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_groups_that_change_under_way(dtype: torch.dtype, change: Callable[[SGD], None]) -> None:
+    """A parameter follows the group that it is in, and is left alone once it is in none. With
+    stochastic rounding, its place among all decides what is drawn."""
+    models = pair(dtype)
+    optimizers = [
+        SGD(
+            [
+                {"params": model[0].parameters(), "lr": 0.5},
+                {"params": [*model[2].parameters(), *model[4].parameters()], "momentum": 0.5},
+            ],
+            lr=0.1,
+            stochastic_rounding=dtype is BF16,
+            in_backward=in_backward,
+        )
+        for model, in_backward in zip(models, (True, False), strict=True)
+    ]
+    for number in range(4):
+        batch = torch.randn(7, 17, dtype=dtype)
+        if number == 2:
+            for optimizer in optimizers:
+                change(optimizer)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+    identical(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_a_hook_that_waits_for_the_gradient_is_not_robbed_of_it() -> None:
+    """As those are that average gradients over processes: they run after the optimizer's."""
+    model = network()
+    kept = copy.deepcopy(list(model.parameters()))
+    optimizer = SGD(model.parameters(), **MOMENTUM, in_backward=True)
+    bias = model[4].bias
+    accumulator = bias.expand_as(bias).grad_fn.next_functions[0][0]
+    accumulator.register_hook(lambda *_: bias.grad.mul_(0.5))
+    with pytest.raises(RuntimeError, match="waiting"):
+        model(torch.randn(7, 17)).square().mean().backward()
+    assert bias.grad is not None
+    identical(bias, kept[-1])
+    del accumulator
+    optimizer.zero_grad()
+    model(torch.randn(7, 17)).square().mean().backward()
+    assert bias.grad is None
+
+
+def test_an_optimizer_that_could_not_be_made_updates_nothing() -> None:
+    """Though the error, which a debugger or a notebook keeps, still holds it."""
+    model = network()
+    kept = copy.deepcopy(list(model.parameters()))
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": math.nan}]
+    with pytest.raises(ValueError, match="learning rate") as error:
+        SGD(groups, lr=0.1, in_backward=True)
+    model(torch.randn(7, 17)).square().mean().backward()
+    identical(list(model.parameters()), kept)
+    assert all(p.grad is not None for p in model.parameters()) and error.tb is not None
+
+
 def test_a_parameter_that_is_unfrozen_later_is_updated_by_step() -> None:
     models = pair()
     for model in models:

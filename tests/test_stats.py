@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -252,6 +253,20 @@ def test_sgd_counts_updates(device: str) -> None:
     calls = fusedstep.stats()["SGD"]
     assert calls.fused == 3 * 4
     assert calls.fallbacks == {"a sparse gradient": 3}
+
+
+@pytest.mark.parametrize("what", ["an error", "an overflow"])
+def test_a_step_that_changes_nothing_does_not_count(what: str, device: str) -> None:
+    params = [parameter(device), sparse(device), parameter(device)]
+    optimizer = fusedstep.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1)
+    if what == "an error":
+        optimizer.param_groups[1]["lr"] = math.nan
+        with pytest.raises(ValueError, match="learning rate"):
+            optimizer.step()
+    else:
+        optimizer.found_inf = torch.ones((), device=device)
+        optimizer.step()
+    assert fusedstep.stats().calls == ()
 
 
 def test_losses_count_by_name() -> None:

@@ -38,12 +38,12 @@ void step(const pybind11::list& param_groups, const pybind11::dict& state,
           const pybind11::object& grad_scale, const pybind11::object& found_inf,
           const Rounding& rounding, const pybind11::object& step_by_torch);
 
-// The same for one parameter of a group, which has a gradient: once that is used it is None.
-// Returns false, and leaves all as it was, where the kernels do not cover it. The parameter's place
-// is that among those of all groups. RuntimeError where a DistributedDataParallel reduces its
-// gradient.
-bool step_in_backward(const pybind11::dict& group, const pybind11::object& param,
-                      std::uint64_t place, const pybind11::dict& state, const Rounding& rounding);
+// The same for one parameter, which has a gradient: once that is used it is None. A parameter that
+// is in no group is left alone. RuntimeError where a hook awaits the gradient, as that of
+// DistributedDataParallel does, which reduces it over processes.
+void step_in_backward(const pybind11::list& param_groups, const pybind11::object& param,
+                      const pybind11::dict& state, const Rounding& rounding,
+                      const pybind11::object& step_by_torch);
 
 // RuntimeError where the current stream of the device, if that is a CUDA device, is captured in a
 // graph: replays make a parameter's new state, called `name`, again and again.

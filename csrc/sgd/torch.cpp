@@ -11,7 +11,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/utils/lambda_post_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -107,12 +106,19 @@ double as_number(PyObject* value) {
     return number;
 }
 
+// As PySequence_Fast_GET_ITEM and its like read it.
+py::object params_of(PyObject* group) {
+    if (!PyDict_Check(group)) throw py::type_error("a parameter group is no dict");
+    auto params = py::reinterpret_steal<py::object>(
+        PySequence_Fast(get(group, keys().params), "the params of a parameter group are no list"));
+    if (!params) throw py::error_already_set();
+    return params;
+}
+
 // Calls f with every parameter of a group. f may run Python code.
 template <class F>
 void for_each_param(PyObject* group, F f) {
-    auto const params = py::reinterpret_steal<py::object>(
-        PySequence_Fast(get(group, keys().params), "the params of a parameter group are no list"));
-    if (!params) throw py::error_already_set();
+    py::object const params = params_of(group);
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i) {
         f(py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(params.ptr(), i)));
     }
@@ -573,6 +579,7 @@ private:
     std::vector<Tensor> learning_rates_;  // on devices
     c10::SmallVector<Share, 1> shares_;
     std::vector<NewState> new_states_;
+    std::vector<std::pair<c10::Device, NotCovered>> fell_back_;  // to be counted
     std::vector<Tensor> dtensors_;  // parameters whose local tensors are updated
     bool on_cpu_ = false;
     bool dampened_first_step_ = false;
@@ -617,7 +624,7 @@ Covered<> StepPlan::add(const py::object& param, const Covered<Options>& options
         precision != Precision::master_weights || !is_dtensor(param.ptr()) || holds_elements(param),
         "master_weights do not cover this parameter of shape ", tensor.sizes(), ": ",
         answer.why_not().reason);
-    calls.fell_back(tensor.device(), answer.why_not());
+    fell_back_.emplace_back(tensor.device(), answer.why_not());
     return answer;
 }
 
@@ -990,6 +997,7 @@ void StepPlan::prepare() {
 }
 
 void StepPlan::run() {
+    for (const auto& [device, why_not] : fell_back_) calls.fell_back(device, why_not);
     for (const Share& share : shares_) {
         if (!share.copies.empty()) copy_gradients(share);
         runs_on_cuda(share.device) ? run_on_cuda(share) : run_on_cpu(share);
@@ -1014,15 +1022,47 @@ void StepPlan::run() {
     }
 }
 
-// Raises where a DistributedDataParallel is going to average the gradient, which it does when hooks
-// of the gradient have run: its own is the only one of C++ on what accumulates a gradient.
-void require_no_reducer(const Tensor& param) {
+// `left` is what the plan does not cover: by group, parameters.
+void carry_out(StepPlan& plan, const py::list& left, const py::object& step_by_torch) {
+    plan.prepare();
+    if (!left.empty()) step_by_torch(left, plan.grad_scale());
+    plan.run();
+}
+
+// Of a parameter: its group, and its place among the parameters of all groups.
+struct Membership {
+    py::object group;
+    std::uint64_t place;
+};
+
+// None where it is in no group.
+std::optional<Membership> membership(const py::list& param_groups, const py::object& param) {
+    std::uint64_t place = 0;
+    for (py::handle group : param_groups) {
+        py::object const params = params_of(group.ptr());
+        for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(params.ptr()); ++i, ++place) {
+            if (PySequence_Fast_GET_ITEM(params.ptr(), i) == param.ptr()) {
+                return Membership{py::reinterpret_borrow<py::object>(group), place};
+            }
+        }
+    }
+    return std::nullopt;
+}
+
+// Raises where somebody waits for the gradient: such hooks run after those of the parameter.
+void require_nobody_waits(const Tensor& param) {
     auto const accumulator = torch::autograd::impl::try_get_grad_accumulator(param);
-    if (!accumulator) return;
-    for (const auto& hook : accumulator->post_hooks()) {
-        TORCH_CHECK(!dynamic_cast<torch::autograd::utils::LambdaPostHook*>(hook.get()),
-                    "SGD(in_backward=True) would use this process's gradient before "
-                    "DistributedDataParallel has averaged it; use fully_shard, or step()");
+    TORCH_CHECK(!accumulator || accumulator->post_hooks().empty(),
+                "SGD(in_backward=True) would use and drop a gradient that a hook is still waiting "
+                "for: that of DistributedDataParallel, say, which is going to average it over "
+                "processes; use fully_shard, or step()");
+}
+
+void drop_grad(const py::object& param) {
+    if (THPVariable_CheckExact(param.ptr())) {
+        THPVariable_Unpack(param.ptr()).mutable_grad().reset();
+    } else {
+        py::setattr(param, keys().grad, py::none());
     }
 }
 
@@ -1045,32 +1085,29 @@ void step(const py::list& param_groups, const py::dict& state, const py::object&
         if (!of_group.empty()) left.append(py::make_tuple(group, std::move(of_group)));
     }
     if (plan.overflowed(!left.empty())) return;
-    plan.prepare();
-    if (!left.empty()) step_by_torch(left, plan.grad_scale());
-    plan.run();
+    carry_out(plan, left, step_by_torch);
 }
 
-bool step_in_backward(const py::dict& group, const py::object& param, std::uint64_t place,
-                      const py::dict& state, const Rounding& rounding) {
-    if (THPVariable_CheckExact(param.ptr())) require_no_reducer(THPVariable_Unpack(param.ptr()));
+void step_in_backward(const py::list& param_groups, const py::object& param, const py::dict& state,
+                      const Rounding& rounding, const py::object& step_by_torch) {
+    std::optional<Membership> const found = membership(param_groups, param);
+    if (!found) return;
+    require_nobody_waits(THPVariable_Unpack(param.ptr()));
     StepPlan plan(state, py::none(), py::none(), rounding);
-    if (!plan.add_one(group.ptr(), param, place)) return false;
-    plan.prepare();
-    plan.run();
-    THPVariable_Unpack(param.ptr()).mutable_grad().reset();
-    return true;
+    py::list left;
+    if (!plan.add_one(found->group.ptr(), param, found->place)) {
+        py::list params;
+        params.append(param);
+        left.append(py::make_tuple(found->group, std::move(params)));
+    }
+    carry_out(plan, left, step_by_torch);
+    drop_grad(param);
 }
 
 void zero_grad(const py::list& param_groups) {
     for (py::handle group : param_groups) {
-        if (!PyDict_Check(group.ptr())) throw py::type_error("a parameter group is no dict");
         for_each_param(group.ptr(), [](const py::object& param) {
-            if (!has_grad(param)) return;
-            if (THPVariable_CheckExact(param.ptr())) {
-                THPVariable_Unpack(param.ptr()).mutable_grad().reset();
-            } else {
-                py::setattr(param, keys().grad, py::none());
-            }
+            if (has_grad(param)) drop_grad(param);
         });
     }
 }

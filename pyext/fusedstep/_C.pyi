@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ def count_fallback(op: str, device: torch.device, reason: str, /) -> None: ...
 def cpu_capability() -> str: ...
 
 class Rounding:
+    master_weights: Final[bool]
     def __init__(self, *, master_weights: bool, seed: int | None) -> None: ...
 
 def sgd_step(
@@ -63,12 +64,12 @@ def sgd_step(
     /,
 ) -> None: ...
 def sgd_step_in_backward(
-    group: dict[str, Any],
+    param_groups: list[dict[str, Any]],
     param: Tensor,
-    place: int,
     state: dict[Any, Any],
     rounding: Rounding,
+    step_by_torch: Callable[[list[tuple[dict[str, Any], list[Tensor]]], float], None],
     /,
-) -> bool: ...
+) -> None: ...
 def sgd_refuse_capture(device: torch.device, name: str, /) -> None: ...
 def sgd_zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...

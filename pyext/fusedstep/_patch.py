@@ -61,15 +61,7 @@ _REPLACEMENTS = [
     ),
     *(
         _Replacement(torch.optim.SGD, "torch.optim.SGD", name, vars(optim.SGD)[name])
-        for name in (
-            "step",
-            "zero_grad",
-            "_step_by_torch",
-            "_master_of",  # what follows is what these read
-            "_rounding",
-            "master_weights",
-            "in_backward",
-        )
+        for name in ("step", "zero_grad")
     ),
     _Replacement(
         multiprocessing.spawn,
@@ -78,8 +70,6 @@ _REPLACEMENTS = [
         _patched_preparation_data,
     ),
 ]
-
-_TORCH_NAMES = {*functional.stand_ins, "step", "zero_grad"}  # public; the others are ours
 
 _lock = threading.Lock()  # over what follows
 _on = False  # patch() without unpatch()
@@ -94,7 +84,7 @@ def replaced() -> tuple[str, ...]:
     return tuple(
         f"{owner_name}.{name}"
         for owner, owner_name, name, ours in _REPLACEMENTS
-        if name in _TORCH_NAMES and vars(owner).get(name) is ours
+        if owner is not multiprocessing.spawn and vars(owner).get(name) is ours
     )
 
 

@@ -33,6 +33,7 @@ __all__ = ["SGD"]
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 _HALVES = (torch.bfloat16, torch.float16)
+_TO_NEAREST = _C.Rounding(master_weights=False, seed=None)
 _HYPERPARAMETERS = {
     "lr": "learning rate",
     "momentum": "momentum value",
@@ -71,7 +72,8 @@ def _profile_hook_step(step: _Step) -> _Step:
             or _profiler_enabled()
         ):
             # The step of a subclass that calls this one has been wrapped by torch.
-            return (profiled if type(self).step is wrapper else step)(*args, **kwargs)
+            owner = next(cls for cls in type(self).__mro__ if "step" in vars(cls))
+            return (profiled if owner in (SGD, torch.optim.SGD) else step)(*args, **kwargs)
         if (
             len(args) > 1
             or kwargs
@@ -80,7 +82,8 @@ def _profile_hook_step(step: _Step) -> _Step:
             or self.defaults["differentiable"]
         ):
             return step(*args, **kwargs)
-        _C.sgd_step(self.param_groups, self.state, None, None, self._rounding, self._step_by_torch)
+        by_torch = functools.partial(_step_by_torch, self)
+        _C.sgd_step(self.param_groups, self.state, None, None, _rounding_of(self), by_torch)
         return None
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # tells Optimizer not to wrap it again
@@ -92,6 +95,25 @@ def _require_finite(group: dict[str, Any]) -> None:
         value = group[key]
         if not math.isfinite(value.item() if isinstance(value, Tensor) else value):
             raise ValueError(f"Invalid {name}: {value}")
+
+
+def _rounding_of(optimizer: torch.optim.SGD) -> _C.Rounding:
+    rounding: _C.Rounding = vars(optimizer).get("_rounding", _TO_NEAREST)
+    return rounding
+
+
+def _master_of(param: Tensor, optimizer: torch.optim.SGD) -> Tensor:
+    """The float32 weights behind a 16-bit parameter; the parameter itself where it has none."""
+    if not _rounding_of(optimizer).master_weights or param.dtype not in _HALVES:
+        return param
+    with torch.no_grad():
+        master: Tensor | None = optimizer.state[param].get("master_param")
+        if master is None or master.dtype != torch.float32:
+            _C.sgd_refuse_capture(param.device, "master_param")
+            master = (param if master is None else master).to(torch.float32)
+        changed = master.to(param.dtype) != param
+        # In place, where the capture of a CUDA graph finds it again.
+        return master.copy_(torch.where(changed, param, master))
 
 
 def _unscaled_grad(param: Tensor, grad_scale: float, master: Tensor) -> Tensor:
@@ -111,6 +133,50 @@ def _unscaled_grad(param: Tensor, grad_scale: float, master: Tensor) -> Tensor:
     return wide
 
 
+def _step_by_torch(
+    optimizer: torch.optim.SGD,
+    left: list[tuple[dict[str, Any], list[Tensor]]],
+    grad_scale: float = 1.0,
+) -> None:
+    """Update, group by group, those parameters that the kernels do not cover."""
+    for group, params in left:
+        masters = [_master_of(p, optimizer) for p in params]
+        grads = [_unscaled_grad(p, grad_scale, m) for p, m in zip(params, masters, strict=True)]
+        has_momentum = group["momentum"] != 0
+        buffers: list[Tensor | None] = [None] * len(params)
+        if has_momentum:
+            found = [optimizer.state[p].get("momentum_buffer") for p in params]
+            buffers = [
+                b if b is None or m is p else b.to(m.dtype)
+                for p, m, b in zip(params, masters, found, strict=True)
+            ]
+            for param, before, buffer in zip(params, found, buffers, strict=True):
+                if buffer is None or buffer is not before:
+                    _C.sgd_refuse_capture(param.device, "momentum_buffer")
+        with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
+            sgd(
+                masters,
+                grads,
+                buffers,
+                has_sparse_grad=any(grad.is_sparse for grad in grads),
+                foreach=group["foreach"],
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=group["dampening"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+            )
+        if has_momentum:
+            for param, buffer in zip(params, buffers, strict=True):
+                optimizer.state[param]["momentum_buffer"] = buffer
+        for param, master in zip(params, masters, strict=True):
+            if master is not param:
+                optimizer.state[param]["master_param"] = master
+                with torch.no_grad():
+                    param.copy_(master)
+
+
 class _StepInBackward:
     """Hook that updates a parameter as soon as its gradient is complete, and drops the gradient.
 
@@ -118,21 +184,19 @@ class _StepInBackward:
     hold, so that a cycle through them would never be freed.
     """
 
-    def __init__(self, optimizer: SGD, group: int, place: int) -> None:
+    def __init__(self, optimizer: SGD) -> None:
         self.optimizer = weakref.ref(optimizer)
-        self.group = group
-        self.place = place
 
     def __call__(self, param: Tensor) -> None:
         optimizer = self.optimizer()
-        if optimizer is None or param.grad is None:
-            return
-        group = optimizer.param_groups[self.group]
-        if not _C.sgd_step_in_backward(
-            group, param, self.place, optimizer.state, optimizer._rounding
-        ):
-            optimizer._step_by_torch([(group, [param])])
-            param.grad = None
+        if optimizer is not None and param.grad is not None:
+            _C.sgd_step_in_backward(
+                optimizer.param_groups,
+                param,
+                optimizer.state,
+                _rounding_of(optimizer),
+                functools.partial(_step_by_torch, optimizer),
+            )
 
 
 def _optimizer_in_backward(param: Tensor) -> SGD | None:
@@ -233,16 +297,16 @@ class SGD(torch.optim.SGD):
             they were. Reentrant activation checkpoints run a backward for each segment, so a
             parameter of two segments is updated twice. Parameters of ``fully_shard`` are updated
             when their gradient has been reduced; ``DistributedDataParallel`` reduces too late and
-            is refused with a RuntimeError. This lasts as long as the optimizer, or until
-            :meth:`remove_backward_hooks`; copies of the optimizer update their own copies of the
-            parameters.
+            is refused with a RuntimeError, and so is every other hook on the accumulation of a
+            gradient, which would get none. This lasts as long as the optimizer, for parameters that
+            are in a group of it, or until :meth:`remove_backward_hooks`; copies of the optimizer
+            update their own copies of the parameters.
     """
 
     master_weights: bool = False
     stochastic_rounding: bool = False
     seed: int = 0
     in_backward: bool = False
-    _rounding = _C.Rounding(master_weights=False, seed=None)
 
     def __init__(
         self,
@@ -276,7 +340,7 @@ class SGD(torch.optim.SGD):
             raise ValueError("in_backward does not go with differentiable=True")
         if not (isinstance(seed, Integral) and 0 <= seed < 2**64):
             raise ValueError(f"Invalid seed: {seed}, not an integer in [0, 2^64)")
-        self._extend(master_weights, stochastic_rounding, seed, in_backward)
+        self._extend(master_weights, stochastic_rounding, seed)
         super().__init__(
             params,
             lr,
@@ -289,17 +353,14 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        if in_backward:
+            self._begin_in_backward()
 
-    def _extend(
-        self, master_weights: bool, stochastic_rounding: bool, seed: int, in_backward: bool
-    ) -> None:
+    def _extend(self, master_weights: bool, stochastic_rounding: bool, seed: int) -> None:
         """Set what torch's SGD does not have. It is no part of ``defaults`` or of a checkpoint."""
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
-        self.in_backward = in_backward
-        if in_backward:
-            self._step_supports_amp_scaling = True  # GradScaler comes to step(), to be refused
         self._hooks: list[RemovableHandle] = []
         self._rounding = _C.Rounding(
             master_weights=master_weights, seed=seed if stochastic_rounding else None
@@ -311,12 +372,13 @@ class SGD(torch.optim.SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
+        in_backward = self.in_backward
         if extensions := state.pop("_extensions", None):
-            self._extend(*extensions)
+            *others, in_backward = extensions
+            self._extend(*others)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.in_backward:
-            for index in range(len(self.param_groups)):
-                self._step_group_in_backward(index)
+        if in_backward:
+            self._begin_in_backward()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` of this class or of torch's returned.
@@ -356,25 +418,28 @@ class SGD(torch.optim.SGD):
         super().add_param_group(param_group)
         if self.in_backward:
             try:
-                self._step_group_in_backward(len(self.param_groups) - 1)
+                self._register_hooks(self.param_groups[-1:])
             except RuntimeError:
                 self.param_groups.pop()
                 raise
 
-    def _step_group_in_backward(self, index: int) -> None:
-        """Register the hook on each parameter of a group that can have a gradient, once."""
-        params = self.param_groups[index]["params"]
-        place = sum(len(group["params"]) for group in self.param_groups[:index])
-        hooked = {param: _optimizer_in_backward(param) for param in params}
-        if any(other is not None and other is not self for other in hooked.values()):
+    def _begin_in_backward(self) -> None:
+        self._register_hooks(self.param_groups)
+        self.in_backward = True
+        self._step_supports_amp_scaling = True  # GradScaler comes to step(), to be refused there
+
+    def _register_hooks(self, groups: list[dict[str, Any]]) -> None:
+        """Register the hook on each parameter of these that can have a gradient, once."""
+        owners = {p: _optimizer_in_backward(p) for group in groups for p in group["params"]}
+        if any(owner is not None and owner is not self for owner in owners.values()):
             raise RuntimeError(
                 "a parameter is updated in backward by another optimizer; "
                 "that one's remove_backward_hooks() releases it"
             )
-        for offset, param in enumerate(params):
-            if hooked.pop(param, self) is None and param.is_leaf and param.requires_grad:
-                hook = _StepInBackward(self, index, place + offset)
-                self._hooks.append(param.register_post_accumulate_grad_hook(hook))
+        for param, owner in owners.items():
+            if owner is None and param.is_leaf and param.requires_grad:
+                hook = param.register_post_accumulate_grad_hook(_StepInBackward(self))
+                self._hooks.append(hook)
 
     def remove_backward_hooks(self) -> None:
         """Leave all updates to :meth:`step`, and the parameters to other optimizers."""
@@ -382,6 +447,9 @@ class SGD(torch.optim.SGD):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+    # The two methods below are also those of torch's SGD while it is patched, and of what kept them
+    # from then: they read nothing of an optimizer that torch's does not have.
 
     @_profile_hook_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -398,7 +466,7 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         grad_scale: Tensor | None = self.__dict__.get("grad_scale")
-        if self.in_backward and grad_scale is not None:
+        if grad_scale is not None and isinstance(self, SGD) and self.in_backward:
             raise RuntimeError(
                 "in_backward does not go with GradScaler: backward has updated the parameters "
                 "by gradients that were still scaled"
@@ -410,8 +478,8 @@ class SGD(torch.optim.SGD):
                 self.state,
                 grad_scale,
                 found_inf,
-                self._rounding,
-                self._step_by_torch,
+                _rounding_of(self),
+                functools.partial(_step_by_torch, self),
             )
             return loss
         for group in self.param_groups:
@@ -420,66 +488,12 @@ class SGD(torch.optim.SGD):
             (group, [p for p in group["params"] if p.grad is not None])
             for group in self.param_groups
         ]
-        for _, params in left:
-            for param in params:
-                _C.count_fallback("SGD", param.device, "differentiable=True")
         if found_inf is None or not found_inf:
-            self._step_by_torch(left, 1.0 if grad_scale is None else float(grad_scale))
+            _step_by_torch(self, left, 1.0 if grad_scale is None else float(grad_scale))
+            for _, params in left:
+                for param in params:
+                    _C.count_fallback("SGD", param.device, "differentiable=True")
         return loss
-
-    def _step_by_torch(
-        self, left: list[tuple[dict[str, Any], list[Tensor]]], grad_scale: float = 1.0
-    ) -> None:
-        """Update, group by group, those parameters that the kernels do not cover."""
-        for group, params in left:
-            masters = [self._master_of(p) for p in params]
-            grads = [_unscaled_grad(p, grad_scale, m) for p, m in zip(params, masters, strict=True)]
-            has_momentum = group["momentum"] != 0
-            buffers: list[Tensor | None] = [None] * len(params)
-            if has_momentum:
-                found = [self.state[p].get("momentum_buffer") for p in params]
-                buffers = [
-                    b if b is None or m is p else b.to(m.dtype)
-                    for p, m, b in zip(params, masters, found, strict=True)
-                ]
-                for param, before, buffer in zip(params, found, buffers, strict=True):
-                    if buffer is None or buffer is not before:
-                        _C.sgd_refuse_capture(param.device, "momentum_buffer")
-            with torch.set_grad_enabled(self.defaults["differentiable"]):
-                sgd(
-                    masters,
-                    grads,
-                    buffers,
-                    has_sparse_grad=any(grad.is_sparse for grad in grads),
-                    foreach=group["foreach"],
-                    weight_decay=group["weight_decay"],
-                    momentum=group["momentum"],
-                    lr=group["lr"],
-                    dampening=group["dampening"],
-                    nesterov=group["nesterov"],
-                    maximize=group["maximize"],
-                )
-            if has_momentum:
-                for param, buffer in zip(params, buffers, strict=True):
-                    self.state[param]["momentum_buffer"] = buffer
-            for param, master in zip(params, masters, strict=True):
-                if master is not param:
-                    self.state[param]["master_param"] = master
-                    with torch.no_grad():
-                        param.copy_(master)
-
-    def _master_of(self, param: Tensor) -> Tensor:
-        """The float32 weights behind a 16-bit parameter; the parameter itself where it has none."""
-        if not self.master_weights or param.dtype not in _HALVES:
-            return param
-        with torch.no_grad():
-            master: Tensor | None = self.state[param].get("master_param")
-            if master is None or master.dtype != torch.float32:
-                _C.sgd_refuse_capture(param.device, "master_param")
-                master = (param if master is None else master).to(torch.float32)
-            changed = master.to(param.dtype) != param
-            # In place, where the capture of a CUDA graph finds it again.
-            return master.copy_(torch.where(changed, param, master))
 
     @_outside_graphs
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -487,4 +501,4 @@ class SGD(torch.optim.SGD):
         if set_to_none and not _profiler_enabled():
             _C.sgd_zero_grad(self.param_groups)
         else:
-            Optimizer.zero_grad(self, set_to_none)  # of torch's SGD too: see _patch.py
+            Optimizer.zero_grad(self, set_to_none)
