@@ -7,11 +7,13 @@ import copy
 import functools
 import io
 import multiprocessing.spawn
+import os
 import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -515,6 +517,42 @@ def test_torchs_other_implementations(options: dict[str, bool]) -> None:
     torch.optim.SGD(theirs, lr=0.5, foreach=False).step()
     assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
     assert fused("SGD") == len(ours)
+
+
+# ---- Spawned processes ----
+
+
+SPAWNS = """
+import multiprocessing, sys
+sys.path.insert(0, sys.argv[1])
+import fusedstep
+
+def is_patched():
+    sys.exit("torch.optim.SGD.step" not in fusedstep.stats().replaced)
+
+if __name__ == "__main__":
+    fusedstep.patch()
+    child = multiprocessing.get_context("spawn").Process(target=is_patched)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode)
+"""
+
+
+def test_a_spawned_process_finds_us_where_its_parent_did(tmp_path: Path, cpu_only: None) -> None:
+    """Not by an installation: without `site`, an editable one is not seen."""
+    (tmp_path / "spawns.py").write_text(SPAWNS)
+    packages = os.pathsep.join(p for p in sys.path if p.endswith("-packages"))
+    folder = Path(fusedstep.__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-S", "spawns.py", str(folder)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---- Pickles ----

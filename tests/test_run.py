@@ -41,7 +41,7 @@ facts = {
     "doc": __doc__,
 }
 print(json.dumps(facts))
-sys.exit(int(sys.argv[1]))
+sys.exit(int(sys.argv[2]))
 """
 
 
@@ -76,10 +76,33 @@ def write(folder: Path, **files: str) -> None:
 )
 def test_a_script_finds_what_python_gives(target: str, tmp_path: Path) -> None:
     write(tmp_path / "folder", facts=FACTS, __main__=FACTS)
-    arguments = [*target.split(), "3", "--stats", "-m", "--", "x y"]
+    arguments = [*target.split(), "--", "3", "--stats", "-m", "--", "x y"]
     ours = run([*OURS, *arguments], tmp_path, code=3)
     assert json.loads(ours.stdout) == json.loads(run([*PYTHON, *arguments], tmp_path, 3).stdout)
     assert ours.stderr == ""
+
+
+LASTING = """
+import atexit, pickle, threading, time
+
+class Mine:
+    pass
+
+def later():
+    time.sleep(0.2)
+    print(pickle.loads(pickle.dumps(Mine())).__class__ is Mine)
+
+atexit.register(later)
+threading.Thread(target=later).start()
+"""
+
+
+@pytest.mark.parametrize("target", ["folder/lasts.py", "-m folder.lasts", "folder"])
+def test_a_script_is_the_main_module_until_the_end(target: str, tmp_path: Path) -> None:
+    """Its threads and exit handlers find it when its last line has run."""
+    write(tmp_path / "folder", lasts=LASTING, __main__=LASTING)
+    done = run([*OURS, *target.split()], tmp_path)
+    assert (done.stdout.split(), done.stderr) == (["True", "True"], "")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -108,7 +109,7 @@ def main() -> None:
     if arguments.command == "run":
         run(
             arguments.script,
-            arguments.argument,
+            sys.argv[sys.argv.index(arguments.script, 2) + 1 :],  # argparse drops a first "--"
             is_module=arguments.module,
             with_stats=arguments.stats,
         )

@@ -32,6 +32,16 @@ _MISSING = object()
 in_spawned: list[Callable[[], None]] = []  # called where multiprocessing spawns a process
 
 
+class _PathOf:
+    """Sets ``sys.path`` where it is unpickled: a spawned process does so later by itself."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.path = data["sys_path"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"import sys; sys.path[:] = {self.path!r}",)
+
+
 class _PatchedProcess:
     """Patches the process in which it is unpickled."""
 
@@ -51,7 +61,8 @@ _get_preparation_data = multiprocessing.spawn.get_preparation_data
 
 def _patched_preparation_data(name: str) -> dict[str, Any]:
     """Add to what a spawned process is told first: be patched, as a forked process is."""
-    return {**_get_preparation_data(name), "fusedstep": _PatchedProcess()}
+    data = _get_preparation_data(name)
+    return {**data, "path of fusedstep": _PathOf(data), "fusedstep": _PatchedProcess()}
 
 
 _REPLACEMENTS = [

@@ -8,6 +8,7 @@ import pkgutil
 import runpy
 import sys
 from importlib.machinery import SourceFileLoader
+from runpy import _run_module_as_main  # type: ignore[attr-defined]  # what `python -m` calls
 from types import ModuleType, TracebackType
 
 from fusedstep import _patch, _stats
@@ -41,29 +42,21 @@ def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool)
         _patch.in_spawned.append(_stats.print_at_exit_of_child)
     sys.excepthook = _show_exception
     sys.argv = [target, *arguments]
+    sys.modules["__main__"] = main = ModuleType("__main__")  # until the process exits
     if is_module:
-        _run_module(target)
+        _run_module_as_main(target)
         return
     if _PATH_BEGINS_WITH_SCRIPT:
         del sys.path[0]  # the working directory, which `python -m` puts there
     if pkgutil.get_importer(target) is None:
-        _run_script(target)
+        _run_script(target, main)
     else:
-        runpy.run_path(os.path.abspath(target), run_name="__main__")
+        sys.path.insert(0, os.path.abspath(target))
+        _run_module_as_main("__main__", alter_argv=False)
 
 
-def _run_module(name: str) -> None:
-    """Run a module as ``__main__``; if there is no such module, exit as python does."""
-    try:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-    except ImportError as error:
-        if _from_the_script(error.__traceback__):
-            raise
-        sys.exit(f"{sys.executable}: {error}")
-
-
-def _run_script(script: str) -> None:
-    """Run a file as the module ``__main__``, which it stays until the process exits."""
+def _run_script(script: str, main: ModuleType) -> None:
+    """Run a file as the module ``__main__``."""
     path = os.path.abspath(script)
     try:
         with io.open_code(path) as file:
@@ -74,10 +67,8 @@ def _run_script(script: str) -> None:
         sys.exit(2)
     if _PATH_BEGINS_WITH_SCRIPT:
         sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-    main = ModuleType("__main__")
     main.__file__ = path
     main.__loader__ = SourceFileLoader("__main__", path)
-    sys.modules["__main__"] = main
     exec(compile(source, path, "exec", dont_inherit=True), vars(main))
 
 

@@ -101,8 +101,8 @@ def stats() -> Stats:
     Every run of a kernel is counted, whether Python called it, or :class:`torch.optim.SGD` while it
     is patched, or a program that ``torch.compile`` has made. A fallback is counted with its reason
     when it is decided: in a compiled program that is each time it is traced, not when it runs. Not
-    counted are calls that raise an error, ``torch.optim.SGD`` inside a compiled program, which is
-    torch's own, and calls of other processes.
+    counted are calls that raise an error, ``torch.optim.SGD`` in a program that was compiled before
+    it was patched, and calls of other processes.
     """
     calls = tuple(Calls(*counts) for counts in _C.call_counts())
     return Stats(calls, _patch.replaced())
