@@ -330,7 +330,7 @@ def check_update_in_backward_is_refused(device: torch.device) -> None:
 def check_scaler_of_shards(device: torch.device) -> None:
     """ShardedGradScaler asks all ranks: where one overflows none steps, and they keep one scale."""
     ended = []
-    for make in SGDS:
+    for make in (native_sgd, fusedstep.SGD):
         shard = torch.randn(33, generator=torch.Generator().manual_seed(dist.get_rank()))
         param = nn.Parameter(shard.to(device))
         optimizer = make([param], **MOMENTUM)
