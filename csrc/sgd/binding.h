@@ -16,11 +16,11 @@ struct Rounding {
     std::optional<std::uint64_t> seed;  // of stochastic rounding; in the state: step, a count
 };
 
-// One step of torch.optim.SGD over an optimizer's param_groups and state, as Python holds them.
-// Where found_inf is neither None nor 0 it does nothing. Gradients are divided by grad_scale first,
-// in place, unless it is None. Where the kernels do not cover all parameters with a gradient, it
-// calls step_by_torch([(group, [parameter, ...]), ...], grad_scale) to update the others, before it
-// updates what they cover: an error that is raised there leaves that as it was.
+// One step of torch.optim.SGD over an optimizer's param_groups and state. Where found_inf is
+// neither None nor 0 it does nothing. Gradients are divided by grad_scale first, in place, unless
+// it is None. Where the kernels do not cover all parameters with a gradient, it calls
+// step_by_torch(optimizer, [(group, [parameter, ...]), ...], grad_scale) to update the others,
+// before it updates what they cover: an error that is raised there leaves that as it was.
 //
 // Of a DTensor the local tensor is updated, if gradient and state lie on its mesh with its
 // placements and none of these is a sum (Partial). New state has them too.
@@ -34,16 +34,15 @@ struct Rounding {
 // finite, RuntimeError for a gradient or a state that does not fit its parameter, or for new state
 // in the capture of a CUDA graph. Parameters that are covered and share memory, or whose gradients
 // or states do, are updated one after the other, in their order.
-void step(const pybind11::list& param_groups, const pybind11::dict& state,
-          const pybind11::object& grad_scale, const pybind11::object& found_inf,
-          const Rounding& rounding, const pybind11::object& step_by_torch);
+void step(const pybind11::object& optimizer, const pybind11::object& grad_scale,
+          const pybind11::object& found_inf, const Rounding& rounding,
+          const pybind11::object& step_by_torch);
 
 // The same for one parameter, which has a gradient: once that is used it is None. A parameter that
 // is in no group is left alone. RuntimeError where a hook awaits the gradient, as that of
 // DistributedDataParallel does, which reduces it over processes.
-void step_in_backward(const pybind11::list& param_groups, const pybind11::object& param,
-                      const pybind11::dict& state, const Rounding& rounding,
-                      const pybind11::object& step_by_torch);
+void step_in_backward(const pybind11::object& optimizer, const pybind11::object& param,
+                      const Rounding& rounding, const pybind11::object& step_by_torch);
 
 // RuntimeError where the current stream of the device, if that is a CUDA device, is captured in a
 // graph: replays make a parameter's new state, called `name`, again and again.

@@ -50,6 +50,8 @@ constexpr std::int64_t kGrain = 32768 / kChunk;
 // ---- Python objects ----
 
 struct Keys {
+    PyObject* param_groups = PyUnicode_InternFromString("param_groups");
+    PyObject* state = PyUnicode_InternFromString("state");
     PyObject* params = PyUnicode_InternFromString("params");
     PyObject* lr = PyUnicode_InternFromString("lr");
     PyObject* momentum = PyUnicode_InternFromString("momentum");
@@ -96,6 +98,19 @@ bool get_flag(PyObject* dict, PyObject* key) {
     int const truth = PyObject_IsTrue(get(dict, key));
     if (truth < 0) throw py::error_already_set();
     return truth != 0;
+}
+
+py::list param_groups_of(py::handle optimizer) {
+    py::object groups = optimizer.attr(keys().param_groups);
+    if (!PyList_Check(groups.ptr()))
+        throw py::type_error("an optimizer's param_groups are no list");
+    return py::reinterpret_steal<py::list>(groups.release());
+}
+
+py::dict states_of(py::handle optimizer) {
+    py::object state = optimizer.attr(keys().state);
+    if (!PyDict_Check(state.ptr())) throw py::type_error("an optimizer's state is no dict");
+    return py::reinterpret_steal<py::dict>(state.release());
 }
 
 // A number, or a tensor of one element, which is read here.
@@ -458,9 +473,8 @@ private:
 // What one step does, collected and checked before any of it is done.
 class StepPlan {
 public:
-    StepPlan(const py::dict& state, py::handle grad_scale, py::handle found_inf,
-             const Rounding& rounding)
-        : state_(state),
+    StepPlan(py::dict state, py::handle grad_scale, py::handle found_inf, const Rounding& rounding)
+        : state_(std::move(state)),
           grad_scale_(grad_scale, 1),
           found_inf_(found_inf, 0),
           rounding_(rounding) {}
@@ -569,7 +583,7 @@ private:
     void prepare_on_cuda(Share& share);
     void run_on_cuda(const Share& share);
 
-    const py::dict& state_;
+    py::dict state_;
     Py_ssize_t next_state_ = 0;  // for PyDict_Next()
     ScalerNumber grad_scale_;
     ScalerNumber found_inf_;
@@ -1023,9 +1037,10 @@ void StepPlan::run() {
 }
 
 // `left` is what the plan does not cover: by group, parameters.
-void carry_out(StepPlan& plan, const py::list& left, const py::object& step_by_torch) {
+void carry_out(StepPlan& plan, const py::object& optimizer, const py::list& left,
+               const py::object& step_by_torch) {
     plan.prepare();
-    if (!left.empty()) step_by_torch(left, plan.grad_scale());
+    if (!left.empty()) step_by_torch(optimizer, left, plan.grad_scale());
     plan.run();
 }
 
@@ -1074,33 +1089,33 @@ void refuse_capture(c10::Device device, const std::string& name) {
                 "take a step with the same gradients and options before the capture");
 }
 
-void step(const py::list& param_groups, const py::dict& state, const py::object& grad_scale,
-          const py::object& found_inf, const Rounding& rounding, const py::object& step_by_torch) {
-    StepPlan plan(state, grad_scale, found_inf, rounding);
+void step(const py::object& optimizer, const py::object& grad_scale, const py::object& found_inf,
+          const Rounding& rounding, const py::object& step_by_torch) {
+    StepPlan plan(states_of(optimizer), grad_scale, found_inf, rounding);
     if (plan.overflowed(false)) return;
     py::list left;
-    for (py::handle group : param_groups) {
+    for (py::handle group : param_groups_of(optimizer)) {
         if (!PyDict_Check(group.ptr())) throw py::type_error("a parameter group is no dict");
         py::list of_group = plan.add_group(group.ptr());
         if (!of_group.empty()) left.append(py::make_tuple(group, std::move(of_group)));
     }
     if (plan.overflowed(!left.empty())) return;
-    carry_out(plan, left, step_by_torch);
+    carry_out(plan, optimizer, left, step_by_torch);
 }
 
-void step_in_backward(const py::list& param_groups, const py::object& param, const py::dict& state,
+void step_in_backward(const py::object& optimizer, const py::object& param,
                       const Rounding& rounding, const py::object& step_by_torch) {
-    std::optional<Membership> const found = membership(param_groups, param);
+    std::optional<Membership> const found = membership(param_groups_of(optimizer), param);
     if (!found) return;
     require_nobody_waits(THPVariable_Unpack(param.ptr()));
-    StepPlan plan(state, py::none(), py::none(), rounding);
+    StepPlan plan(states_of(optimizer), py::none(), py::none(), rounding);
     py::list left;
     if (!plan.add_one(found->group.ptr(), param, found->place)) {
         py::list params;
         params.append(param);
         left.append(py::make_tuple(found->group, std::move(params)));
     }
-    carry_out(plan, left, step_by_torch);
+    carry_out(plan, optimizer, left, step_by_torch);
     drop_grad(param);
 }
 

@@ -4,6 +4,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+_StepByTorch = Callable[[torch.optim.SGD, list[tuple[dict[str, Any], list[Tensor]]], float], None]
+
 # The losses return None where torch's own function has to run: for arguments of any type.
 
 def cross_entropy(
@@ -55,20 +57,18 @@ class Rounding:
     def __init__(self, *, master_weights: bool, seed: int | None) -> None: ...
 
 def sgd_step(
-    param_groups: list[dict[str, Any]],
-    state: dict[Any, Any],
+    optimizer: torch.optim.SGD,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     rounding: Rounding,
-    step_by_torch: Callable[[list[tuple[dict[str, Any], list[Tensor]]], float], None],
+    step_by_torch: _StepByTorch,
     /,
 ) -> None: ...
 def sgd_step_in_backward(
-    param_groups: list[dict[str, Any]],
+    optimizer: torch.optim.SGD,
     param: Tensor,
-    state: dict[Any, Any],
     rounding: Rounding,
-    step_by_torch: Callable[[list[tuple[dict[str, Any], list[Tensor]]], float], None],
+    step_by_torch: _StepByTorch,
     /,
 ) -> None: ...
 def sgd_refuse_capture(device: torch.device, name: str, /) -> None: ...

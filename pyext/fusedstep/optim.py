@@ -82,8 +82,8 @@ def _profile_hook_step(step: _Step) -> _Step:
             or self.defaults["differentiable"]
         ):
             return step(*args, **kwargs)
-        by_torch = functools.partial(_step_by_torch, self)
-        _C.sgd_step(self.param_groups, self.state, None, None, _rounding_of(self), by_torch)
+        rounding = self.__dict__.get("_rounding", _TO_NEAREST)
+        _C.sgd_step(self, None, None, rounding, _step_by_torch)
         return None
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # tells Optimizer not to wrap it again
@@ -190,13 +190,8 @@ class _StepInBackward:
     def __call__(self, param: Tensor) -> None:
         optimizer = self.optimizer()
         if optimizer is not None and param.grad is not None:
-            _C.sgd_step_in_backward(
-                optimizer.param_groups,
-                param,
-                optimizer.state,
-                _rounding_of(optimizer),
-                functools.partial(_step_by_torch, optimizer),
-            )
+            rounding = _rounding_of(optimizer)
+            _C.sgd_step_in_backward(optimizer, param, rounding, _step_by_torch)
 
 
 def _optimizer_in_backward(param: Tensor) -> SGD | None:
@@ -473,14 +468,7 @@ class SGD(torch.optim.SGD):
             )
         found_inf: Tensor | None = self.__dict__.get("found_inf")
         if not self.defaults["differentiable"]:
-            _C.sgd_step(
-                self.param_groups,
-                self.state,
-                grad_scale,
-                found_inf,
-                _rounding_of(self),
-                functools.partial(_step_by_torch, self),
-            )
+            _C.sgd_step(self, grad_scale, found_inf, _rounding_of(self), _step_by_torch)
             return loss
         for group in self.param_groups:
             _require_finite(group)
