@@ -126,7 +126,7 @@ def focal_loss(
     `q = 1 - p`: a function of n alone, whose gradient follows from that of n by the chain rule.
 
     The scales add to those of n, carried through the function, that a power is known only as well
-    as `q`, gamma times, and as its exponent `gamma log q`.
+    as `q`, gamma times, and as its exponent `gamma log q`; and `q` no better than n.
     """
     row = cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
     counts = target != ignore_index
@@ -139,8 +139,10 @@ def focal_loss(
     pn = torch.where(p == 0, 0.0, p * n)  # zero where n is infinite
     ratio = torch.where(q == 0, 1.0, pn / q)
     value, slope = w * q**gamma * n, w * q**gamma * (1 + gamma * ratio)
+    known = torch.maximum(q, torch.finfo(torch.float64).eps * n_scale)
+    steepest = w * known**gamma * (1 + gamma * ratio)
     if gamma:
-        curvature = w * gamma * q ** (gamma - 1) * (p * (2 + abs(gamma - 1) * ratio) + pn)
+        curvature = w * gamma * known ** (gamma - 1) * (p * (2 + abs(gamma - 1) * ratio) + pn)
         power = 1 + gamma * torch.where(q > 0, 1 + q.log().abs(), 1.0)
     else:
         curvature, power = torch.zeros_like(n), 1.0
@@ -151,7 +153,7 @@ def focal_loss(
     class_dim = 0 if logits.dim() == 1 else 1
     g, along = g.unsqueeze(class_dim), slope.unsqueeze(class_dim)
     bend, power_scale = curvature * n_scale, slope * power
-    grad_scale = along * row.grad_scale
+    grad_scale = steepest.unsqueeze(class_dim) * row.grad_scale
     grad_scale = grad_scale + (bend + power_scale).unsqueeze(class_dim) * row.grad.abs()
 
     def reduced(rows: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ def focal_loss(
 
     return CrossEntropy(
         reduced(value),
-        reduced(slope * n_scale + value * power),
+        reduced(steepest * n_scale + value * power),
         g * along * row.grad,
         g.abs() * grad_scale,
         None,

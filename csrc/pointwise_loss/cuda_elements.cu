@@ -14,7 +14,13 @@ namespace {
 
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? kMinBlocks / 2 : kMinBlocks;
-constexpr int kAtOnce = 2;  // vectors of each operand that a thread has in flight
+// Vectors of each operand that a thread has in flight; before compute capability 8.0 two do not fit
+// the registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kAtOnce = 1;
+#else
+constexpr int kAtOnce = 2;
+#endif
 
 // Full precision, whatever is stored: a loss is computed from few values, so memory is the limit.
 struct ScalarMath {
