@@ -32,6 +32,19 @@ def poisoned_outputs() -> Iterator[None]:
     torch._C._set_deterministic_algorithms(False)
 
 
+def fail_in_backward(loss: Tensor, grad_output: Tensor) -> None:
+    """Run backward with a hook on the loss's node that raises; the hook is removed afterwards."""
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    assert loss.grad_fn is not None
+    hook = loss.grad_fn.register_hook(fail)
+    with pytest.raises(KeyError):
+        loss.backward(grad_output)
+    hook.remove()
+
+
 def place(
     values: Tensor,
     order: Sequence[int] | None = None,

@@ -102,8 +102,9 @@ bool get_flag(PyObject* dict, PyObject* key) {
 
 py::list param_groups_of(py::handle optimizer) {
     py::object groups = optimizer.attr(keys().param_groups);
-    if (!PyList_Check(groups.ptr()))
+    if (!PyList_Check(groups.ptr())) {
         throw py::type_error("an optimizer's param_groups are no list");
+    }
     return py::reinterpret_steal<py::list>(groups.release());
 }
 

@@ -103,8 +103,9 @@ def main() -> None:
         check.add_argument("--record", action="store_true", help="keep the counts for the pages")
         if name == "sanitize":
             check.add_argument("--seed", type=int, help="of every target; by default a new one")
-    check.add_argument("--corpus", type=Path, default=build.OUT / "corpus")
-    check.add_argument("targets", nargs="*", default=build.FUZZED)
+    fuzzer = commands.choices["fuzz"]
+    fuzzer.add_argument("--corpus", type=Path, default=build.OUT / "corpus")
+    fuzzer.add_argument("targets", nargs="*", default=build.FUZZED)
     budgets = commands.add_parser("budget")
     budgets.add_argument("--update", action="store_true", help="write what is measured")
     arguments = parser.parse_args()
