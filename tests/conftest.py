@@ -23,6 +23,8 @@ import pytest
 import torch
 
 import checks
+import inventory
+import operators
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -33,6 +35,7 @@ collect_ignore = ["clients"] if missing_clients else []
 
 Launches = Callable[[], AbstractContextManager[list[str]]]
 launched_by_module: Counter[str] = Counter()
+launched_by_kernel: Counter[str] = Counter()
 EMULATED = pytest.StashKey[Any]()
 
 
@@ -52,6 +55,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="try each property on ever new inputs for so long, not on a fixed few",
     )
     parser.addoption(
+        "--inventory",
+        metavar="FILE",
+        help="write which tests passed and how often each kernel ran, for tests/inventory.py",
+    )
+    parser.addoption(
         "--record", action="store_true", help="keep what passed in checks.json, for the pages"
     )
 
@@ -59,6 +67,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--record") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Recorder(config))
+    if (file := config.getoption("--inventory")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(inventory.Inventory(Path(file), launched_by_kernel))
     device = config.getoption("--device")
     if device == "emulator":
         use_emulated_package(config)
@@ -234,22 +244,27 @@ def profiled_launches() -> Iterator[list[str]]:
 
 @pytest.fixture(autouse=True)
 def count_launches(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Counts by test file what ran on the emulator."""
+    """Counts what ran on the emulator, by test file and by kernel."""
     emulated = request.config.stash.get(EMULATED, None)
     before = emulated.launch_count() if emulated else 0
     yield
     if emulated:
-        launched_by_module[request.path.name] += emulated.launch_count() - before
+        launched = emulated.launched_since(before)
+        launched_by_module[request.path.name] += len(launched)
+        launched_by_kernel.update(launched)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    launched_by_module.update(getattr(node, "workeroutput", {}).get("launches", {}))
+    output = getattr(node, "workeroutput", {})
+    launched_by_module.update(output.get("launches", {}))
+    launched_by_kernel.update(output.get("kernels", {}))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["launches"] = dict(launched_by_module)
+        session.config.workeroutput["kernels"] = dict(launched_by_kernel)
     elif session.config.getoption("--device") == "emulator" and idle_modules():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
@@ -263,13 +278,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def launched_by_room() -> dict[str, int]:
-    """What the files of tests of a room launched."""
-    rooms = {path.parent.name for path in (Path(__file__).parents[1] / "csrc").glob("*/torch.cpp")}
-    return {
-        f"test_{r}.py": n
-        for r in rooms
-        if (n := launched_by_module.get(f"test_{r}.py")) is not None
-    }
+    """What the first file of tests of each operator launched."""
+    files = (Path(tests[0]).name for tests in operators.listed().values())
+    return {file: n for file in files if (n := launched_by_module.get(file)) is not None}
 
 
 def idle_modules() -> list[str]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import operators
+
 ROOT = Path(__file__).resolve().parents[1]
 CPP = {".h", ".cpp", ".cuh", ".cu"}
 SHARED = {"core", "torch_glue"}  # the folders of csrc that are not rooms
@@ -33,7 +35,7 @@ def cpp_files(root: Path) -> list[Path]:
 
 
 def rooms(root: Path) -> set[str]:
-    return {f.parent.name for f in (root / "csrc").glob("*/torch.cpp")} - SHARED
+    return set(operators.listed(root))
 
 
 def folder(file: Path, root: Path) -> str:
@@ -64,11 +66,12 @@ def torch_in_kernels(root: Path) -> Iterator[str]:
                 yield f"{found_at(file, root, text, hit.start())} names torch: {hit[0].strip()}"
 
 
-def folders_without_torch_file(root: Path) -> Iterator[str]:
-    """Every folder of csrc is shared or is a room, whose mark is its torch.cpp."""
-    known = rooms(root) | SHARED | {""}
-    for name in sorted({folder(file, root) for file in cpp_files(root)} - known):
-        yield f"csrc/{name} is neither shared nor a room with a torch.cpp"
+def unlisted_folders(root: Path) -> Iterator[str]:
+    """The folders of csrc are the shared ones and those that tests/operators.txt lists."""
+    found = {folder(file, root) for file in cpp_files(root)} - SHARED - {""}
+    for name in sorted(found ^ rooms(root)):
+        where = "is not in tests/operators.txt" if name in found else "holds no sources"
+        yield f"csrc/{name} {where}"
 
 
 def clashing_stems(root: Path) -> Iterator[str]:
@@ -110,10 +113,15 @@ def foreign_includes(root: Path) -> Iterator[str]:
                 yield f"{where} reaches for device code: {name}"
 
 
-def rooms_without_tests(root: Path) -> Iterator[str]:
-    for room in sorted(rooms(root)):
-        if not (root / "tests" / f"test_{room}.py").is_file():
-            yield f"csrc/{room} has no tests/test_{room}.py"
+def unlisted_tests(root: Path) -> Iterator[str]:
+    """Files of tests that are listed exist, and those named after an operator are listed."""
+    for room, tests in sorted(operators.listed(root).items()):
+        named = {f"tests/{f.name}" for f in (root / "tests").glob(f"test_{room}*.py")}
+        for file in sorted(named - set(tests)):
+            yield f"{file} is not in tests/operators.txt"
+        for file in tests:
+            if not (root / file).is_file():
+                yield f"{file} is in tests/operators.txt, but not there"
 
 
 def foreign_imports(root: Path) -> Iterator[str]:
@@ -187,8 +195,10 @@ CLEAN = {
     "pyext/fusedstep/nn.py": "",
     "tests/test_sums.py": "import numpy\n",
     "tests/test_dots.py": "",
+    "tests/operators.txt": "# folders\nsums tests/test_sums.py\ndots tests/test_dots.py\n",
     "README.md": "Methodology: https://example.org/home/of/work/ and ./work/x, /usr/bin/env.\n",
 }
+BOTH = "sums tests/test_sums.py\ndots tests/test_dots.py\n"
 Rule = Callable[[Path], Iterator[str]]
 VIOLATIONS: list[tuple[Rule, str, str, str]] = [
     (torch_in_kernels, "csrc/sums/cpu.cpp", "\n#include <ATen/ATen.h>", "csrc/sums/cpu.cpp:2"),
@@ -199,7 +209,9 @@ VIOLATIONS: list[tuple[Rule, str, str, str]] = [
     (torch_in_kernels, "csrc/sums/cpu.cpp", "c10::Half x;", "c10::Half"),
     (torch_in_kernels, "csrc/sums/rows.cuh", "/* a\n b */ TORCH_CHECK(x);", "rows.cuh:2"),
     (torch_in_kernels, "csrc/core/torch.cpp", "TORCH_LIBRARY(core, m) {}", "TORCH_LIBRARY"),
-    (folders_without_torch_file, "csrc/lost/lost.h", "", "csrc/lost"),
+    (unlisted_folders, "csrc/lost/lost.h", "", "csrc/lost is not in"),
+    (unlisted_folders, "tests/operators.txt", "sums tests/test_sums.py", "csrc/dots is not in"),
+    (unlisted_folders, "tests/operators.txt", f"{BOTH}gone tests/test_sums.py", "csrc/gone holds"),
     (clashing_stems, "csrc/sums/cpu.cu", "", "cpu.cu has the stem of cpu.cpp"),
     (foreign_includes, "csrc/sums/cpu.cpp", '#include "dots/dots.h"', "another room: dots/dots.h"),
     (foreign_includes, "csrc/sums/cpu.cpp", "#include <dots/dots.h>", "another room: dots/dots.h"),
@@ -211,7 +223,13 @@ VIOLATIONS: list[tuple[Rule, str, str, str]] = [
     (foreign_includes, "csrc/sums/sums.h", '#include "rows.cuh"', "device code: rows.cuh"),
     (foreign_includes, "csrc/sums/cpu.cpp", '#include "../../README.md"', "out of csrc"),
     (foreign_includes, "csrc/module.cpp", '#include "sums/gone.h"', "which is not there"),
-    (rooms_without_tests, "csrc/maxima/torch.cpp", "", "no tests/test_maxima.py"),
+    (
+        unlisted_tests,
+        "tests/operators.txt",
+        f"sums tests/test_gone.py {BOTH[5:]}",
+        "tests/test_gone.py is in",
+    ),
+    (unlisted_tests, "tests/test_sums_twice.py", "", "tests/test_sums_twice.py is not in"),
     (foreign_imports, "pyext/fusedstep/nn.py", "def f():\n    import numpy.linalg", "nn.py:2"),
     (foreign_imports, "pyext/fusedstep/nn.py", "from tests.reference import x", "tests.reference"),
     (foreign_imports, "pyext/fusedstep/nn.py", "import benchmarks", "imports benchmarks"),
@@ -251,6 +269,12 @@ def test_rule_fires(rule: Rule, file: str, text: str, complaint: str, tmp_path: 
     said = list(rule(plant(tmp_path, CLEAN | {file: text})))
     assert any(complaint in sentence for sentence in said), said
     assert len({sentence.partition(" ")[0] for sentence in said}) == 1
+
+
+def test_an_empty_list_of_operators_is_an_error(tmp_path: Path) -> None:
+    for text in ("", "# nothing\n", "sums\n"):
+        with pytest.raises(ValueError, match=r"operators\.txt"):
+            operators.listed(plant(tmp_path, {"tests/operators.txt": text}))
 
 
 def test_the_rules_saw_the_sources() -> None:

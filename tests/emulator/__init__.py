@@ -36,11 +36,15 @@ class Emulator:
         """The launches of this process until now."""
         return int(self.library.emulator_launch_count())
 
+    def launched_since(self, before: int) -> list[str]:
+        """The kernels launched after the first so many, as `void room::kernel<type>(Args)`."""
+        launched = self.library.emulator_launched_kernel
+        return [launched(launch).decode() for launch in range(before, self.launch_count())]
+
     @contextmanager
     def launches(self) -> Iterator[list[str]]:
-        """The kernels launched inside, as `void room::kernel<type>(Args)`; filled in at the end."""
+        """The kernels launched inside, as launched_since() names them; filled in at the end."""
         kernels: list[str] = []
         before = self.launch_count()
         yield kernels
-        for launch in range(before, self.launch_count()):
-            kernels.append(self.library.emulator_launched_kernel(launch).decode())
+        kernels += self.launched_since(before)
