@@ -28,7 +28,7 @@ import cli
 import driver
 import suite
 from bench_train_step import MOMENTA
-from process_group import process_group
+from process_group import end_process, process_group
 from suite import Row, Session
 
 PROCESSES = 2
@@ -79,7 +79,10 @@ def _serve(
     implementations: Mapping[str, str],
     seconds: float,
 ) -> None:
-    """What one process does; the first writes the row into `folder`."""
+    """What one process does; the first writes the row into `folder`.
+
+    What it raises, spawn() takes to the parent process, however this one ends.
+    """
     torch.set_num_threads(case.threads)
     meeting = (folder / "meeting").as_uri()
     fusedstep = cli.require_fusedstep()
@@ -89,6 +92,7 @@ def _serve(
         row = suite.Comparison.measured(case, session)
     if rank == 0:
         (folder / "row").write_bytes(pickle.dumps(row))
+    end_process()
 
 
 def _of_the_slowest(seconds: float) -> float:

@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ import cli
 import report
 import train_cnn
 from data import Images
-from process_group import process_group
+from process_group import process_group, run_rank
 from training import Epoch, Options, train
 
 FLOAT64_TOLERANCE = 1e-10
@@ -117,4 +118,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(Config, main, sys.argv[1:])
+    run_rank(partial(cli.run, Config, main, sys.argv[1:]))

@@ -1,22 +1,22 @@
 """Processes that run one check together, as the ranks of a process group.
 
 They are started once and serve every check of a session. Each check gets a process group of its
-own, over a file. Answers have a time limit: a check that fails or hangs on one rank fails the test
-and ends the processes; the next check gets new ones.
+own, over a file. A check that fails on one rank, or ends its process, fails the test at once and
+ends the processes, the others of which may wait for that rank; the next check gets new ones. No
+clock decides: one that hangs on every rank ends with torch's own limit for a collective.
 """
 
 from __future__ import annotations
 
-import datetime
 import gc
 import multiprocessing
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,9 +24,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-
-COLLECTIVE_SECONDS = 40
-ANSWER_SECONDS = 90
 
 Check = Callable[..., None]
 
@@ -45,23 +42,29 @@ class Ranks:
         with tempfile.TemporaryDirectory() as folder:
             job = (world, str(Path(folder) / "store"), check, args)
             for pipe in self._pipes[:world]:
-                pipe.send(job)
-            until = time.monotonic() + ANSWER_SECONDS
-            answers = [self._answer(pipe, until) for pipe in self._pipes[:world]]
-        if any(answers):
+                with suppress(OSError):  # it died; so will its answer say
+                    pipe.send(job)
+            failures = self._failures(self._pipes[:world])
+        if failures:
             self.stop()
-            each = (f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer)
+            each = (f"rank {rank}: {failure}" for rank, failure in failures.items())
             pytest.fail("\n".join(each), pytrace=False)
 
     @staticmethod
-    def _answer(pipe: Connection, until: float) -> str | None:
-        try:
-            if not pipe.poll(max(0.0, until - time.monotonic())):
-                return f"no answer within {ANSWER_SECONDS} seconds"
-            answer: str | None = pipe.recv()
-        except (EOFError, OSError):
-            return "the process died"
-        return answer
+    def _failures(pipes: list[Connection]) -> dict[int, str]:
+        """Of the ranks that failed first, by rank; empty once all have passed."""
+        waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
+        failures: dict[int, str] = {}
+        while waiting and not failures:
+            for pipe in wait(list(waiting)):
+                rank = waiting.pop(pipe)
+                try:
+                    answer: str | None = pipes[rank].recv()
+                except (EOFError, OSError):
+                    answer = "the process died"
+                if answer is not None:
+                    failures[rank] = answer
+        return dict(sorted(failures.items()))
 
     def _start(self, world: int, module: str) -> None:
         context = multiprocessing.get_context("forkserver")
@@ -108,15 +111,14 @@ def _serve(rank: int, pipe: Connection, device_type: str) -> None:
                 init_method=f"file://{store}",
                 rank=rank,
                 world_size=world,
-                timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
             )
-            try:
-                check(device, *args)
-                dist.barrier()
-            finally:
-                gc.collect()  # a network in DDP that is freed after its group may wait forever
-                dist.destroy_process_group()
+            check(device, *args)
+            dist.barrier()
+            gc.collect()  # a network in DDP that is freed after its group may wait forever
+            dist.destroy_process_group()
             pipe.send(None)
         except BaseException:
+            # The group stays as it is until the process is killed: its end would make other ranks
+            # fail, and their answers might be read first.
             print(traceback.format_exc(), file=sys.stderr)
             pipe.send(traceback.format_exc())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -1261,6 +1262,26 @@ def check_compiled(device: torch.device) -> None:
 )
 def test_sharded_logits(ranks: Ranks, world: int, check: Callable[..., None]) -> None:
     ranks(world, check)
+
+
+# ------------------------------------------------------------------ the ranks themselves
+
+
+def check_with_a_fault(device: torch.device, fault: str) -> None:
+    if dist.get_rank() == 1 and fault == "raises":
+        raise ValueError("of rank 1")
+    if dist.get_rank() == 1 and fault == "dies":
+        os._exit(0)
+    dist.barrier()
+
+
+def test_a_check_that_fails_on_one_rank_fails(ranks: Ranks) -> None:
+    """Though the other waits for it; and the next check has ranks again."""
+    with pytest.raises(pytest.fail.Exception, match=r"^rank 1: Traceback(?s:.*)of rank 1$"):
+        ranks(2, check_with_a_fault, "raises")
+    with pytest.raises(pytest.fail.Exception):
+        ranks(2, check_with_a_fault, "dies")
+    ranks(2, check_with_a_fault, "none")
 
 
 # ------------------------------------------------------------------ import

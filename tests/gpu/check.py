@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -83,6 +83,18 @@ class Outcome:
     note: str
 
 
+Wait = Callable[["subprocess.Popen[bytes]", float], bool]
+
+
+def ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Waits for the end of a process, but no longer; whether it has ended."""
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
 def telling_line(log: str) -> str:
     """What a log says of how it went, in one line."""
     for pattern in TELLING:
@@ -92,8 +104,11 @@ def telling_line(log: str) -> str:
     return "no output"
 
 
-def run(part: Part, out: Path) -> Outcome:
-    """Runs a part to its end, or to the end of its time with everything that it started."""
+def run(part: Part, out: Path, in_time: Wait = ends_within) -> Outcome:
+    """Runs a part to its end, or to the end of its time with everything that it started.
+
+    `in_time` waits as ends_within() does; it is the only clock that decides.
+    """
     begin = time.monotonic()
     path = out / f"{part.name}.log"
     beside_python = str(Path(sys.executable).parent)  # ninja, for one
@@ -115,14 +130,12 @@ def run(part: Part, out: Path) -> Outcome:
             )
         except OSError as error:
             return Outcome(part.name, False, 0.0, str(error))
-        try:
-            process.wait(part.seconds)
+        if in_time(process, part.seconds):
             how = f"exit status {process.returncode}: " if process.returncode else ""
-        except subprocess.TimeoutExpired:
+        else:
             how = f"stopped after {part.seconds:.0f} s: "
             os.killpg(process.pid, signal.SIGINT)  # on which pytest prints what has failed so far
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(TO_END)
+            in_time(process, TO_END)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -188,23 +201,25 @@ def join_logs(out: Path, names: Sequence[str], joined: str) -> None:
                 path.unlink()
 
 
-def check(out: Path, architectures: Sequence[str]) -> int:
-    """Runs every part; the exit status."""
+def check(out: Path, architectures: Sequence[str], in_time: Wait = ends_within) -> int:
+    """Runs every part, each within its time as run() has it; the exit status."""
     until = time.monotonic() + WHOLE
 
     def left_before(*later: float) -> float:
         """Until what is still to come begins: that and what runs out of time before it."""
         return until - time.monotonic() - sum(seconds + TO_END for seconds in (0, *later))
 
-    outcomes = [run(build(architectures), out)]
+    outcomes = [run(build(architectures), out, in_time)]
     if outcomes[0].passed:
         seconds = left_before(BENCHMARKS_AT_LEAST, SANITIZERS_AT_LEAST)
-        outcomes.append(run(tests(seconds), out))
-        outcomes.append(run(benchmarks(out, left_before(SANITIZERS_AT_LEAST)), out))
+        outcomes.append(run(tests(seconds), out, in_time))
+        seconds = left_before(SANITIZERS_AT_LEAST)
+        outcomes.append(run(benchmarks(out, seconds), out, in_time))
         print("", (out / "benchmarks.log").read_text(errors="replace"), sep="\n")
         seconds = left_before()
         with ThreadPoolExecutor(len(SANITIZERS)) as pool:
-            outcomes += pool.map(lambda tool: run(sanitizer(tool, seconds), out), SANITIZERS)
+            parts = [sanitizer(tool, seconds) for tool in SANITIZERS]
+            outcomes += pool.map(lambda part: run(part, out, in_time), parts)
         join_logs(out, SANITIZERS, "sanitizers")
     failed = [outcome.name for outcome in outcomes if not outcome.passed]
     last = f"failed: {', '.join(failed)}" if failed else "everything passed"
