@@ -1,6 +1,7 @@
 """What can be checked about the pages: they are complete, and their links lead somewhere.
 
-pytest itself runs the examples in `docs/`.
+pytest itself runs the examples in `docs/`, but for those that a process must end after as
+`process_group.run_rank` does.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import importlib
 import inspect
 import io
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -184,3 +187,25 @@ def test_checkpoints_are_loaded_without_running_programs(
             found = fresh.state[param][key]
             assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value
     torch.optim.SGD(net.parameters(), lr=0.1).load_state_dict(loaded["optimizer"])
+
+
+IN_A_PROCESS = """
+import doctest, sys
+sys.path.insert(0, BENCHMARKS)
+from process_group import run_rank
+
+def examples():
+    result = doctest.testfile(PAGE, module_relative=False)
+    sys.exit(result.failed > 0 or result.attempted == 0)
+
+run_rank(examples)
+"""
+
+
+def test_the_examples_of_a_process_group() -> None:
+    paths = {"BENCHMARKS": ROOT / "benchmarks", "PAGE": ROOT / "docs" / "distributed.md"}
+    code = IN_A_PROCESS
+    for name, path in paths.items():
+        code = code.replace(name, repr(str(path)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -133,16 +134,18 @@ def build_package() -> Path:
     for source in (ROOT / "pyext" / "fusedstep").glob("*.py"):
         link = package / source.name
         if source.name != "_build_info.py" and not link.exists():
-            link.symlink_to(os.path.relpath(source, package))
+            with suppress(FileExistsError):  # of another process that does the same
+                link.symlink_to(os.path.relpath(source, package))
     facts = {
         "torch_version": torch.__version__,
         "cuda": "emulated",
         "compiler": CXX,
         "machine": platform.machine(),
     }
-    (package / "_build_info.py").write_text(
-        "".join(f"{name} = {value!r}\n" for name, value in facts.items())
-    )
+    # Other processes may be importing it: they find the whole of one file.
+    beside = package / f"_build_info.{os.getpid()}"
+    beside.write_text("".join(f"{name} = {value!r}\n" for name, value in facts.items()))
+    beside.replace(package / "_build_info.py")
 
     torch_compile, torch_link = torch_flags()
     csrc = ROOT / "csrc"
