@@ -1,4 +1,4 @@
-"""Programs that torch traces: torch.compile, torch.export, AOT and compiled autograd, checkpoints.
+"""Programs that torch traces: torch.compile, AOT and compiled autograd, checkpoints.
 
 Most compile with the backend "aot_eager", which traces and differentiates as the default one does
 and runs the graph without generating code: that takes a second on every graph.
@@ -7,7 +7,6 @@ and runs the graph without generating code: that takes a second on every graph.
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -199,6 +198,18 @@ def test_autocast_inside_and_around_a_graph(dtype: torch.dtype, device: str) -> 
     identical(results[2], results[0])
 
 
+@pytest.mark.parametrize("options", [{"size_average": False}, {"reduce": False}], ids=str)
+@pytest.mark.parametrize("name", ["cross_entropy", "l1", "bce"])
+@pytest.mark.filterwarnings("ignore:size_average and reduce:UserWarning")
+def test_a_reduction_by_its_old_arguments(name: str, options: dict[str, bool]) -> None:
+    ours, theirs = pair(name, **options)
+    backend = CompileCounterWithBackend("eager")
+    x, t = draw(name)
+    actual = torch.compile(ours, backend=backend, fullgraph=True)(x, t)
+    torch.testing.assert_close(actual, theirs(x, t))
+    assert len(operators(backend.graphs[-1].graph)) == 1
+
+
 def test_what_the_kernels_do_not_cover_is_in_the_graph_as_torchs_own() -> None:
     x = torch.randn(9, CLASSES)
     # Broadcast, with torch's warning.
@@ -261,6 +272,21 @@ def test_generated_code() -> None:
             results.append([loss.detach(), *(p.grad for p in net.parameters())])
         torch.testing.assert_close(*results)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_generated_code_calls_operators_that_it_was_not_told_of() -> None:
+    """Forward and backward of both families, where nothing is called that has no lowering."""
+    x, t = draw("cross_entropy")
+
+    def losses(x: Tensor) -> Tensor:
+        return F.cross_entropy(2 * x, t, reduction="none") + F.mse_loss(
+            x, x.detach().sin(), reduction="none"
+        ).sum(1)
+
+    compiled = torch.compile(losses, fullgraph=True)
+    with torch._inductor.config.patch(implicit_fallbacks=False, force_disable_caches=True):
+        actual = loss_and_grad(compiled, x)
+    torch.testing.assert_close(actual, loss_and_grad(losses, x))
 
 
 def test_graphs_on_disk_are_kept_for_these_operators() -> None:
@@ -400,62 +426,6 @@ def test_a_subclass_with_a_step_of_its_own_is_compiled_around_ours() -> None:
 
 
 # ------------------------------------------------------------------ graphs by other means
-
-
-class Model(nn.Module):
-    """A network that ends in losses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(11, CLASSES)
-        self.criterion = fusedstep.CrossEntropyLoss(weight=torch.rand(CLASSES) + 0.5)
-        self.penalty = fusedstep.SmoothL1Loss(reduction="sum")
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        logits = self.linear(x)
-        return self.criterion(logits, t) + self.penalty(logits, torch.zeros_like(logits))
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")
-def test_export(strict: bool) -> None:
-    model = Model()
-    rows = torch.export.Dim("rows", min=2)
-    x, t = torch.randn(9, 11), torch.randint(CLASSES, (9,))
-    program = torch.export.export(
-        model, (x, t), dynamic_shapes=({0: rows}, {0: rows}), strict=strict
-    )
-    assert operators(program.graph) == ["fusedstep.cross_entropy", "fusedstep.pointwise_loss"]
-    stored = io.BytesIO()
-    torch.export.save(program, stored)
-    stored.seek(0)
-    lowered = program.run_decompositions()
-    assert operators(lowered.graph) == [
-        "fusedstep.cross_entropy_forward",
-        "fusedstep.pointwise_loss_forward",
-    ]
-    for exported in (program, torch.export.load(stored), lowered):
-        x, t = torch.randn(17, 11), torch.randint(CLASSES, (17,))
-        identical(exported.module()(x, t), model(x, t))
-    trained = program.module()
-    trained(x, t).backward()
-    model(x, t).backward()
-    torch.testing.assert_close(trained.linear.weight.grad, model.linear.weight.grad)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")
-def test_export_for_any_number_of_classes(strict: bool) -> None:
-    rows, classes = torch.export.Dim("rows"), torch.export.Dim("classes")
-    criterion = fusedstep.CrossEntropyLoss()
-    x, t = torch.randn(9, 11), torch.randint(11, (9,))
-    program = torch.export.export(
-        criterion, (x, t), dynamic_shapes=({0: rows, 1: classes}, {0: rows}), strict=strict
-    )
-    assert operators(program.graph) == ["fusedstep.cross_entropy"]
-    x, t = torch.randn(17, 300), torch.randint(300, (17,))
-    for exported in (program, program.run_decompositions()):
-        identical(exported.module()(x, t), criterion(x, t))
 
 
 def beneath(name: str) -> str:

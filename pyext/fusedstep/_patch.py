@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fusedstep import functional, optim
+from fusedstep._names import under_torchs_name
 
 __all__ = ["patch", "patched", "replaced", "unpatch"]
 
@@ -71,7 +72,14 @@ _REPLACEMENTS = [
         for name, stand_in in functional.stand_ins.items()
     ),
     *(
-        _Replacement(torch.optim.SGD, "torch.optim.SGD", name, vars(optim.SGD)[name])
+        _Replacement(
+            torch.optim.SGD,
+            "torch.optim.SGD",
+            name,
+            under_torchs_name(
+                vars(optim.SGD)[name], getattr(torch.optim.SGD, name), torch.optim.SGD
+            ),
+        )
         for name in ("step", "zero_grad")
     ),
     _Replacement(
@@ -147,8 +155,8 @@ def patch() -> None:
 
     Calling it again changes nothing. It applies to all threads, to processes that are forked, and
     to those that :mod:`multiprocessing` spawns. It does not change code that ``torch.compile`` has
-    compiled before. ``torch.jit.script`` compiles torch's own functions, and ``torch.jit.trace``
-    records them.
+    compiled before. ``torch.jit.script`` compiles torch's own functions; ``torch.jit.trace`` and
+    ``torch.export`` record them.
     """
     global _on
     with _lock:

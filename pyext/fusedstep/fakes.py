@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.compiler.config
@@ -26,6 +30,33 @@ _digest = hashlib.sha256(_schemas.encode()).hexdigest()[:16]
 torch.compiler.config.cache_key_tag += f" fusedstep {_digest}"
 
 
+def _register_fake(name: str) -> Callable[[Callable[..., Any]], None]:
+    def register(fake: Callable[..., Any]) -> None:
+        @functools.wraps(fake)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            _tell_inductor(name)
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"fusedstep::{name}")(wrapper)
+
+    return register
+
+
+def _tell_inductor(name: str) -> None:
+    """Tell the default compiler that an operator is called as it is, if it has to be told.
+
+    Every trace of the operator comes here before the compiler meets it. Nothing is imported for
+    that: a compiler that is at work has been.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or lowering.config.implicit_fallbacks:
+        return
+    operator = getattr(torch.ops.fusedstep, name).default
+    if operator not in lowering.lowerings:
+        layout = lowering.get_layout_constraint_tag(operator, with_default=True)
+        lowering.make_fallback(operator, lowering.tag_to_layout_constraint(layout), warn=False)
+
+
 def _check_devices(input: Tensor, target: Tensor) -> None:
     torch._check(
         input.device == target.device,
@@ -33,7 +64,7 @@ def _check_devices(input: Tensor, target: Tensor) -> None:
     )
 
 
-@torch.library.register_fake("fusedstep::cross_entropy_forward")
+@_register_fake("cross_entropy_forward")
 def _cross_entropy_forward(
     input: Tensor,
     target: Tensor,
@@ -60,7 +91,7 @@ def _cross_entropy_forward(
     return loss, grad, stats, lse
 
 
-@torch.library.register_fake("fusedstep::cross_entropy_backward")
+@_register_fake("cross_entropy_backward")
 def _cross_entropy_backward(
     grad_output: Tensor,
     input: Tensor,
@@ -74,7 +105,7 @@ def _cross_entropy_backward(
     return torch.empty_like(input)
 
 
-@torch.library.register_fake("fusedstep::pointwise_loss_forward")
+@_register_fake("pointwise_loss_forward")
 def _pointwise_loss_forward(
     input: Tensor,
     target: Tensor,
@@ -93,7 +124,7 @@ def _pointwise_loss_forward(
     return loss, grad
 
 
-@torch.library.register_fake("fusedstep::pointwise_loss_backward")
+@_register_fake("pointwise_loss_backward")
 def _pointwise_loss_backward(
     grad_output: Tensor,
     input: Tensor,

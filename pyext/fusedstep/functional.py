@@ -1,10 +1,7 @@
 """Functional losses with the signatures of :mod:`torch.nn.functional`."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -13,10 +10,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.compiler import is_compiling
 from torch.nn import _reduction as _Reduction
-from torch.overrides import _get_current_function_mode_stack, handle_torch_function
+from torch.overrides import (
+    _get_current_function_mode_stack,
+    handle_torch_function,
+    has_torch_function_variadic,
+)
 from torch.utils._device import DeviceContext
 
 from fusedstep import _C
+from fusedstep._exported import cross_entropy_with_lse_of_torch, focal_loss_of_torch
+from fusedstep._names import under_torchs_name
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -47,6 +50,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 _WITHOUT_WEIGHT = {"l1_loss", "mse_loss", "huber_loss"}  # whose weight is torch's to compute
 
 _REDUCTIONS = ("none", "mean", "sum")  # each at its code
+_PLAIN = (Tensor, torch.nn.Parameter)
 _TRACED = (FakeTensor, FunctionalTensor)  # stand for tensors while torch traces a program
 
 
@@ -116,12 +120,23 @@ def cross_entropy(
     forward-mode differentiation, a ``target`` or ``weight`` that requires a gradient) go to torch's
     own op.
     """
-    if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if not is_compiling():
+    if size_average is None and reduce is None and not is_compiling():
         loss = _C.cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)
         if loss is not None:
             return loss
+    if _is_torchs(input, target, weight):
+        return _from_torch(
+            cross_entropy,
+            (input, target),
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    if size_average is not None or reduce is not None:
+        reduction = _reduction_by_old_names(size_average, reduce)
     code = _reduction_code(reduction)
     if reduction != _REDUCTIONS[code]:  # an old name
         return cross_entropy(
@@ -196,6 +211,10 @@ def cross_entropy_with_lse(
     operators here.
     """
     code = _reduction_code(reduction)
+    if _is_exporting():
+        return cross_entropy_with_lse_of_torch(
+            input, target, weight, _REDUCTIONS[code], ignore_index, label_smoothing, z_loss
+        )
     if not _is_traced(input):
         result = _from_kernels(
             _C.cross_entropy_with_lse,
@@ -248,6 +267,8 @@ def focal_loss(
     operators here.
     """
     code = _reduction_code(reduction)
+    if _is_exporting():
+        return focal_loss_of_torch(input, target, gamma, weight, _REDUCTIONS[code], ignore_index)
     if not _is_traced(input):
         loss = _from_kernels(
             _C.focal_loss, input, target, gamma, weight, _REDUCTIONS[code], ignore_index
@@ -321,7 +342,8 @@ def l1_loss(
         if loss is not None:
             return loss
     options = {"size_average": size_average, "reduce": reduce, "reduction": reduction}
-    return _from_torch(l1_loss, (input, target), **options, weight=weight)
+    weighted = {} if weight is None else {"weight": weight}  # torch's names none to a function mode
+    return _from_torch(l1_loss, (input, target), **options, **weighted)
 
 
 def mse_loss(
@@ -440,8 +462,8 @@ def binary_cross_entropy_with_logits(
         binary_cross_entropy_with_logits,
         (input, target),
         weight=weight,
-        pos_weight=pos_weight,
         **options,
+        pos_weight=pos_weight,
     )
 
 
@@ -458,12 +480,23 @@ def _pointwise_loss(
     parameter: float = 0.0,
 ) -> Tensor | None:
     """Return a loss that the kernels cover, or None: torch's own function has to run."""
+    operands = (input, target, weight, pos_weight)
+    if size_average is None and reduce is None and not is_compiling():
+        loss = _C.pointwise_loss(*operands, kind, reduction, parameter)
+        if loss is not None:
+            return loss
+    if _is_torchs(*operands):
+        return None
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if not _is_traced(input):
-        return _from_kernels(
-            _C.pointwise_loss, input, target, weight, pos_weight, kind, reduction, parameter
+        reduction = _reduction_by_old_names(size_average, reduce)
+        return _pointwise_loss(
+            *(kind, input, target, None, None, reduction),
+            weight=weight,
+            pos_weight=pos_weight,
+            parameter=parameter,
         )
+    if not _is_traced(input):
+        return _despite_default_device(_C.pointwise_loss, *operands, kind, reduction, parameter)
     if (
         reduction not in _REDUCTIONS
         or input.shape != target.shape
@@ -472,9 +505,7 @@ def _pointwise_loss(
     ):
         return None
     code = _REDUCTIONS.index(reduction)
-    traced: Tensor = torch.ops.fusedstep.pointwise_loss(
-        input, target, weight, pos_weight, kind, code, parameter
-    )
+    traced: Tensor = torch.ops.fusedstep.pointwise_loss(*operands, kind, code, parameter)
     return traced
 
 
@@ -482,6 +513,14 @@ def _reduction_code(reduction: str) -> int:
     if reduction in _REDUCTIONS:
         return _REDUCTIONS.index(reduction)
     return _Reduction.get_enum(reduction)  # what else torch takes, with a warning, or its error
+
+
+def _reduction_by_old_names(size_average: bool | None, reduce: bool | None) -> str:
+    if not is_compiling():
+        return _Reduction.legacy_get_string(size_average, reduce)  # warns
+    if reduce is False:  # torch.compile cannot trace the function above
+        return "none"
+    return "sum" if size_average is False else "mean"
 
 
 def _from_kernels(loss: Callable[..., _Result | None], *args: Any) -> _Result | None:
@@ -514,7 +553,36 @@ def _is_traced(input: Tensor) -> bool:
     return is_compiling() or type(input) in _TRACED
 
 
-def _is_dtensor(tensor: Tensor) -> TypeGuard[DTensor]:
+def _is_exporting() -> bool:
+    """Whether torch.export traces the program: torch's own functions are what it shall hold.
+
+    The flag itself: older compilers take :func:`torch.compiler.is_exporting` for always true.
+    """
+    return torch.compiler._is_exporting_flag
+
+
+def _is_torchs(*operands: Tensor | None) -> bool:
+    """Whether torch's own function has to see a call as it is, with nothing converted.
+
+    That is while torch.export traces, and where a function mode or a tensor subclass handles calls.
+    """
+    if _is_exporting():
+        return True
+    if not has_torch_function_variadic(*operands):
+        return False
+    return not (_only_default_device_is_active() and _none_overrides(operands))
+
+
+def _none_overrides(operands: Iterable[Any]) -> bool:
+    """Whether no operand is of a tensor subclass that handles torch's functions by itself."""
+    return all(
+        type(t) in _PLAIN or type(t).__torch_function__ is torch._C._disabled_torch_function_impl
+        for t in operands
+        if isinstance(t, Tensor)
+    )
+
+
+def _is_dtensor(tensor: Tensor) -> TypeGuard["DTensor"]:
     """Whether it is a DTensor, without importing the module if nobody has."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -529,36 +597,23 @@ def _from_torch(
     """
     name = ours.__name__
     tensors = [t for t in (*operands, *options.values()) if isinstance(t, Tensor)]
-    plain = all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    if (
-        plain
-        and torch._C._is_torch_function_mode_enabled()
-        and not _only_default_device_is_active()
-    ):
-        patched = getattr(torch.nn.functional, name) is stand_ins[name]
-        seen = stand_ins[name] if patched else ours
-        loss: Tensor = handle_torch_function(seen, tensors, *operands, **options)
-        return loss
     if tensors and not is_compiling():
-        if not plain:
-            _C.count_fallback(name, tensors[0].device, "a tensor subclass")
-        elif name in _WITHOUT_WEIGHT and options["weight"] is not None:
-            _C.count_fallback(name, tensors[0].device, "a weight for each element")
+        if has_torch_function_variadic(*tensors):
+            if getattr(torch.nn.functional, name) is stand_ins[name]:
+                return _TORCH[name](*operands, **options)  # whose handler calls ours, by its name
+            if _none_overrides(tensors) and not _only_default_device_is_active():
+                handled: Tensor = handle_torch_function(ours, tensors, *operands, **options)
+                return handled
+        if any(type(t) not in _PLAIN for t in tensors):
+            _count_fallback(name, tensors[0], "a tensor subclass")
+        elif name in _WITHOUT_WEIGHT and options.get("weight") is not None:
+            _count_fallback(name, tensors[0], "a weight for each element")
     return _TORCH[name](*operands, **options)
 
 
-def _under_torchs_name(ours: FunctionType) -> FunctionType:
-    """A copy of our function that is pickled as torch's function of the same name.
-
-    So a pickle that refers to it can be loaded where fusedstep is not installed, and gets torch's.
-    """
-    twin = FunctionType(ours.__code__, ours.__globals__, ours.__name__, ours.__defaults__)
-    twin.__dict__.update(ours.__dict__)
-    twin.__kwdefaults__ = ours.__kwdefaults__
-    twin.__annotations__ = ours.__annotations__
-    twin.__doc__ = ours.__doc__
-    twin.__module__ = torch.nn.functional.__name__
-    return twin
+def _count_fallback(name: str, input: Tensor, reason: str) -> None:
+    with torch._C.DisableTorchFunction():  # a handler sees the call of the loss alone
+        _C.count_fallback(name, input.device, reason)
 
 
 for _name, _original in _TORCH.items():
@@ -567,4 +622,4 @@ for _name, _original in _TORCH.items():
     vars(globals()[_name]).update(__script_if_tracing_wrapper=False, __original_fn=_original)
 
 # What torch.nn.functional's names mean while they are patched.
-stand_ins = {name: _under_torchs_name(globals()[name]) for name in _TORCH}
+stand_ins = {name: under_torchs_name(globals()[name], torchs) for name, torchs in _TORCH.items()}

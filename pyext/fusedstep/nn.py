@@ -3,8 +3,6 @@
 All of them call :mod:`fusedstep.functional`.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
