@@ -40,7 +40,8 @@ class Ranks:
         """Run the check on ``world`` ranks; fails the test where it raises on one of them."""
         self._start(world, check.__module__)
         with tempfile.TemporaryDirectory() as folder:
-            job = (world, str(Path(folder) / "store"), check, args)
+            seed = torch.initial_seed()  # the test's own, whatever the processes have drawn before
+            job = (world, str(Path(folder) / "store"), seed, check, args)
             for pipe in self._pipes[:world]:
                 with suppress(OSError):  # it died; so will its answer say
                     pipe.send(job)
@@ -102,10 +103,11 @@ def _serve(rank: int, pipe: Connection, device_type: str) -> None:
         torch.backends.cudnn.deterministic = True
     while True:
         try:
-            world, store, check, args = pipe.recv()
+            world, store, seed, check, args = pipe.recv()
         except EOFError:
             return
         try:
+            torch.manual_seed(seed)
             dist.init_process_group(
                 "nccl" if cards >= world else "gloo",
                 init_method=f"file://{store}",

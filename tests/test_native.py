@@ -60,7 +60,8 @@ def program(flavour: build.Flavour) -> Path:
 
 
 def run(flavour: build.Flavour, fault: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program(flavour), fault], capture_output=True, text=True)
+    command = [*build.at_fixed_addresses(), program(flavour), fault]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_no_fault_is_found_where_there_is_none() -> None:

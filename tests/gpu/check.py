@@ -240,6 +240,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         print(f"gpu-check needs a CUDA GPU, and torch {torch.__version__} sees none here.")
         sys.exit(2)
+    # A job in a shell's background ignores interrupts, and its parts would not say what has failed.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = Path(sys.argv[1]).resolve()
     out.mkdir(parents=True, exist_ok=True)
     cards = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]

@@ -31,7 +31,7 @@ def sanitize(seconds: float, given_seed: int | None) -> Found:
                 environment["ATEN_CPU_CAPABILITY"] = level
             print(f"{flavour.name} sanitizer, {target}, seed {seed}: ", end="", flush=True)
             check = f"g++'s {flavour.name} sanitizer"
-            command = [str(program), str(seconds), seed]
+            command = [*build.at_fixed_addresses(), str(program), str(seconds), seed]
             found.setdefault(check, {})[target] = {"inputs": inputs_of(command, environment)}
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -72,6 +73,21 @@ def need(tool: str, why: str) -> None:
     """Raises SystemExit where the tool is not installed: what was not run must not look passed."""
     if shutil.which(tool) is None:
         raise SystemExit(f"{why} needs {tool}, which is not installed")
+
+
+@functools.cache
+def at_fixed_addresses() -> tuple[str, ...]:
+    """What to put in front of the command of a program under a sanitizer, where it is allowed.
+
+    Those of g++ 12 and 13 may not start at random addresses of more than 28 bits
+    (`sysctl vm.mmap_rnd_bits`): "unexpected memory mapping".
+    """
+    prefix = ("setarch", "--addr-no-randomize")
+    try:
+        allowed = subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    except OSError:
+        allowed = False
+    return prefix if allowed else ()
 
 
 def version(tool: str) -> str:
