@@ -962,6 +962,37 @@ def check_against_loss_parallel(device: torch.device) -> None:
         assert results[0][2].get_total_counts() >= 3
 
 
+def check_sharded_rows(device: torch.device) -> None:
+    """Each rank holds its part of the loss of all rows, and knows the mean's divisor from one
+    message: however many rows a rank has, and however many of them count."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    cases = itertools.product([(6, 1), (6, 3), (7, 3), (2, 1)], ("mean", "sum"), (False, True))
+    for (rows, ignored), reduction, weighted in cases:
+        logits = torch.randn(rows, 5, generator=generator)
+        target = torch.randint(5, (rows,), generator=generator)
+        target[:ignored] = -100
+        w = torch.rand(5, generator=generator) if weighted else None
+        expected = reference.cross_entropy(logits, target, weight=w, reduction=reduction)
+        x = distribute_tensor(logits.to(device), mesh, [Shard(0)]).requires_grad_()
+        y = distribute_tensor(target.to(device), mesh, [Shard(0)])
+        forward, backward = CommDebugMode(), CommDebugMode()
+        with forward:
+            loss = F.cross_entropy(x, y, None if w is None else w.to(device), reduction=reduction)
+        with backward:
+            loss.backward()
+        assert loss.placements == (Partial("sum"),)
+        parts = [torch.zeros_like(loss.to_local()) for _ in range(mesh.size())]
+        dist.all_gather(parts, loss.to_local().detach())
+        assert loss.item() == parts[dist.get_rank()].item()
+        close = {"rtol": 1e-5, "atol": 1e-6}
+        for total in (loss.full_tensor(), torch.stack(parts).sum()):
+            torch.testing.assert_close(total.detach().cpu().double(), expected.loss, **close)
+        torch.testing.assert_close(x.grad.full_tensor().cpu().double(), expected.grad, **close)
+        messages = {torch.ops.c10d_functional.all_reduce: 1} if reduction == "mean" else {}
+        assert forward.get_comm_counts() == messages and backward.get_total_counts() == 0
+
+
 def check_extreme_logits(device: torch.device) -> None:
     """A shard of nothing but padding (-inf), rows far from 0, and a row that has no sum."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -1249,6 +1280,7 @@ def check_compiled(device: torch.device) -> None:
     [
         (4, check_logits_without_torch),
         (3, check_against_loss_parallel),
+        (3, check_sharded_rows),
         (3, check_extreme_logits),
         (4, check_higher_derivatives),
         (2, check_autocast),
