@@ -20,7 +20,10 @@ import fusedstep
 from fusedstep import functional as F
 from numerics import BF16, F32, F64, REDUCTIONS, identical, pairwise
 
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning")
+pytestmark = [
+    pytest.mark.usefixtures("cpu_only"),  # what is recorded depends on no device
+    pytest.mark.filterwarnings("ignore:`isinstance\\(treespec:FutureWarning"),
+]
 CLASSES = 7
 
 # The module, its arguments, and whether its target holds class indices.

@@ -20,6 +20,7 @@ import fusedstep
 from fusedstep import functional
 from numerics import pairwise
 
+pytestmark = pytest.mark.usefixtures("cpu_only")  # names depend on no device
 F = torch.nn.functional
 TORCH = {name: getattr(F, name) for name in functional.stand_ins}
 torch.optim.SGD([torch.empty(0)])  # the first one, with which torch prepares the class

@@ -480,11 +480,11 @@ def _pointwise_loss(
     parameter: float = 0.0,
 ) -> Tensor | None:
     """Return a loss that the kernels cover, or None: torch's own function has to run."""
-    operands = (input, target, weight, pos_weight)
     if size_average is None and reduce is None and not is_compiling():
-        loss = _C.pointwise_loss(*operands, kind, reduction, parameter)
+        loss = _C.pointwise_loss(input, target, weight, pos_weight, kind, reduction, parameter)
         if loss is not None:
             return loss
+    operands = (input, target, weight, pos_weight)
     if _is_torchs(*operands):
         return None
     if size_average is not None or reduce is not None:
