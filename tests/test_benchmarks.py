@@ -649,7 +649,13 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BLOCK_SECONDS", {"cpu": 1e-5, "cuda": 1e-5})
 
 
-@pytest.mark.usefixtures("short_blocks", "without_compiler")
+@pytest.fixture
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No header is wrapped, whatever the times in its table."""
+    monkeypatch.setattr(report.console, "width", 1000)
+
+
+@pytest.mark.usefixtures("short_blocks", "without_compiler", "wide_console")
 @pytest.mark.parametrize("script", TINY)
 def test_a_benchmark_reports_tables_and_json(
     script: str, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
