@@ -218,6 +218,52 @@ def test_a_mode_sees_one_call_of_the_public_name(name: str, who: str) -> None:
         assert fusedstep.stats().fused == 1 and fusedstep.stats().fell_back == 0
 
 
+WHERE = ("inside", "around", "default device")
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [(name, "inside") for name in TORCH]
+    + [(name, where) for name in ("cross_entropy", "l1_loss") for where in WHERE[1:]],
+)
+def test_a_compiled_call(name: str, where: str) -> None:
+    """Is ours in the graph, and a mode sees the public name and torch's arguments."""
+    x, t = torch.randn(3, 4), torch.rand(3, 4)
+    expected = TORCH[name](x, t)
+    torchs = Calls()
+    with torchs:
+        TORCH[name](x, t)
+    for who in ("patched", "imported"):
+        graphs: list[torch.fx.Graph] = []
+
+        def backend(module: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+            graphs.append(module.graph)  # noqa: B023
+            return module.forward
+
+        torch._dynamo.reset()
+        with fusedstep.patched() if who == "patched" else nullcontext():
+            mode = Calls()
+            inside = mode if where == "inside" else nullcontext()
+            around = {"around": mode, "default device": torch.device("cpu")}.get(where)
+
+            def call(x: Tensor, t: Tensor) -> Tensor:
+                with inside:  # noqa: B023
+                    loss: Tensor = getattr(F if who == "patched" else functional, name)(x, t)  # noqa: B023
+                return loss
+
+            with around or nullcontext():
+                loss = torch.compile(call, backend=backend, fullgraph=True)(x, t)
+        torch.testing.assert_close(loss, expected)
+        (graph,) = graphs
+        called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        assert len(called) == 1 and called[0].startswith("fusedstep.")
+        seen = [(name, kwargs) for name, _, _, kwargs in mode.seen if name in TORCH]
+        if where == "default device":
+            assert not seen
+        else:
+            assert seen == [(name, kwargs) for name, _, _, kwargs in torchs.seen]
+
+
 @pytest.mark.usefixtures("patched")
 def test_torchs_references_take_the_arguments() -> None:
     x, t = torch.randn(3, 4), torch.rand(3, 4)

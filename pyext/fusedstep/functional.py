@@ -566,11 +566,14 @@ def _is_torchs(*operands: Tensor | None) -> bool:
 
     That is while torch.export traces, and where a function mode or a tensor subclass handles calls.
     """
-    if _is_exporting():
+    if _is_exporting() or _mode_handles():
         return True
-    if not has_torch_function_variadic(*operands):
-        return False
-    return not (_only_default_device_is_active() and _none_overrides(operands))
+    return has_torch_function_variadic(*operands) and not _none_overrides(operands)
+
+
+def _mode_handles() -> bool:
+    """Whether a function mode is active that may do more than say where tensors are made."""
+    return torch._C._is_torch_function_mode_enabled() and not _only_default_device_is_active()
 
 
 def _none_overrides(operands: Iterable[Any]) -> bool:
@@ -597,13 +600,16 @@ def _from_torch(
     """
     name = ours.__name__
     tensors = [t for t in (*operands, *options.values()) if isinstance(t, Tensor)]
+    patched = getattr(torch.nn.functional, name) is stand_ins[name]
+    if _is_exporting():
+        return _TORCH[name](*operands, **options)
+    if _mode_handles() and _none_overrides(tensors) and (is_compiling() or not patched):
+        public = stand_ins[name] if patched else ours
+        handled: Tensor = handle_torch_function(public, tensors, *operands, **options)
+        return handled
     if tensors and not is_compiling():
-        if has_torch_function_variadic(*tensors):
-            if getattr(torch.nn.functional, name) is stand_ins[name]:
-                return _TORCH[name](*operands, **options)  # whose handler calls ours, by its name
-            if _none_overrides(tensors) and not _only_default_device_is_active():
-                handled: Tensor = handle_torch_function(ours, tensors, *operands, **options)
-                return handled
+        if patched and has_torch_function_variadic(*tensors):
+            return _TORCH[name](*operands, **options)  # whose handler calls ours, by its name
         if any(type(t) not in _PLAIN for t in tensors):
             _count_fallback(name, tensors[0], "a tensor subclass")
         elif name in _WITHOUT_WEIGHT and options.get("weight") is not None:
