@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -161,13 +162,17 @@ def test_shapes_that_broadcast() -> None:
     assert fusedstep.stats()["mse_loss"].fallbacks == {"shapes that broadcast": 1}
 
 
-def test_a_default_device_counts_once(device: str) -> None:
-    with torch.device(device):
-        F.mse_loss(logits(), logits())
-        F.mse_loss(logits(), logits(), weight=logits())
-        F.mse_loss(logits(), logits().double())
+@pytest.mark.parametrize("patch", [nullcontext, fusedstep.patched])
+@pytest.mark.filterwarnings("ignore:Using a target size:UserWarning")
+def test_a_default_device_counts_once(patch: Any, device: str) -> None:
+    with patch(), torch.device(device):
+        mse_loss = F.mse_loss if patch is nullcontext else torch.nn.functional.mse_loss
+        mse_loss(logits(), logits())
+        mse_loss(logits(), logits(), weight=logits())
+        mse_loss(logits(), logits().double())
+        mse_loss(logits(), logits()[:1])
     calls = fusedstep.stats()["mse_loss"]
-    assert calls.fused == 1 and calls.fell_back == 2 == len(calls.fallbacks)
+    assert calls.fused == 1 and calls.fell_back == 3 == len(calls.fallbacks)
 
 
 @pytest.mark.parametrize(

@@ -599,22 +599,29 @@ def _from_torch(
     Calls that the compiled core declined are counted there; the others are counted here.
     """
     name = ours.__name__
+    torchs = _TORCH[name]
+    if _is_exporting():
+        return torchs(*operands, **options)
     tensors = [t for t in (*operands, *options.values()) if isinstance(t, Tensor)]
     patched = getattr(torch.nn.functional, name) is stand_ins[name]
-    if _is_exporting():
-        return _TORCH[name](*operands, **options)
-    if _mode_handles() and _none_overrides(tensors) and (is_compiling() or not patched):
+    overridden = not _none_overrides(tensors)
+    handled_by_mode = _mode_handles()
+    if handled_by_mode and not overridden and (is_compiling() or not patched):
         public = stand_ins[name] if patched else ours
         handled: Tensor = handle_torch_function(public, tensors, *operands, **options)
         return handled
-    if tensors and not is_compiling():
-        if patched and has_torch_function_variadic(*tensors):
-            return _TORCH[name](*operands, **options)  # whose handler calls ours, by its name
-        if any(type(t) not in _PLAIN for t in tensors):
-            _count_fallback(name, tensors[0], "a tensor subclass")
-        elif name in _WITHOUT_WEIGHT and options.get("weight") is not None:
-            _count_fallback(name, tensors[0], "a weight for each element")
-    return _TORCH[name](*operands, **options)
+    if is_compiling() or not tensors:
+        return torchs(*operands, **options)
+    if patched and (overridden or handled_by_mode) and has_torch_function_variadic(*tensors):
+        return torchs(*operands, **options)  # whose handler calls ours, by its name
+    if any(type(t) not in _PLAIN for t in tensors):
+        _count_fallback(name, tensors[0], "a tensor subclass")
+    elif name in _WITHOUT_WEIGHT and options.get("weight") is not None:
+        _count_fallback(name, tensors[0], "a weight for each element")
+    if overridden:
+        return torchs(*operands, **options)
+    with torch._C.DisableTorchFunction():  # the mode of a default device would call ours again
+        return torchs(*operands, **options)
 
 
 def _count_fallback(name: str, input: Tensor, reason: str) -> None:
