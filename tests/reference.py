@@ -279,8 +279,8 @@ def binary_cross_entropy_with_logits(
 ) -> Pointwise:
     """`-w (q t log p + (1 - t) log(1 - p))`, p the sigmoid of the input, q the pos_weight.
 
-    `-log p` is `log(1 + exp(-|x|)) + max(-x, 0)` and `-log(1 - p)` is that plus `x`: what cancels
-    is left out.
+    `-log p` is `log(1 + exp(-|x|)) + max(-x, 0)` and `-log(1 - p)` is that plus `x`; p is
+    `exp(-|x|) / (1 + exp(-|x|))` for a negative x, else 1 minus that. What cancels is left out.
     """
     x, t = input.detach().double(), target.detach().double()
     one = torch.ones_like(x)
@@ -292,11 +292,13 @@ def binary_cross_entropy_with_logits(
     linear_scale = (
         linear.abs() if pos_weight is None else ((1 - t).abs() + 1 + more.abs()) * x.abs()
     )
-    p = torch.where(x < 0, x.exp(), 1.0) / (1 + (-x.abs()).exp())
+    e = (-x.abs()).exp()
+    s = torch.where(x < 0, 1.0, -1.0) * e / (1 + e)
+    p = torch.where(x < 0, e, 1.0) / (1 + e)
     return _pointwise(
         w * (linear + (1 + more) * log_sum),
         w.abs() * (linear_scale + (1 + 2 * more.abs()) * log_sum),
-        w * ((1 - t + q * t) * p - q * t),
+        w * (torch.where(x < 0, -q * t, 1 - t) + (1 - t + q * t) * s),
         w.abs() * (((1 - t).abs() + (q * t).abs()) * p + (q * t).abs()),
         reduction,
         grad_output,

@@ -208,8 +208,8 @@ void for_each_packed(const Args& args, std::int64_t begin, std::int64_t end, F f
             };
             read(args.input, args.dtype, at.input, scratch.input);
             read(args.target, args.target_dtype, at.target, scratch.target);
-            read(args.weight, args.dtype, at.weight, scratch.weight);
-            read(args.pos_weight, args.dtype, at.pos_weight, scratch.pos_weight);
+            read(args.weight, args.weight_dtype, at.weight, scratch.weight);
+            read(args.pos_weight, args.pos_weight_dtype, at.pos_weight, scratch.pos_weight);
             read(args.grad_output, args.grad_output_dtype, at.grad_output, scratch.grad_output);
             with_kind(args.kind, [&](auto kind) { evaluate_packed<kind(), A>(args, scratch, n); });
             f(scratch, n, at, i);

@@ -68,13 +68,14 @@ template <class A>
 __device__ __forceinline__ Point<A> point(const Args& args, std::int64_t element) {
     A const x = read<A>(args, args.input, args.dtype, element);
     A const t = read<A>(args, args.target, args.target_dtype, element);
-    A const parameter = args.pos_weight.data ? read<A>(args, args.pos_weight, args.dtype, element)
-                                             : static_cast<A>(args.parameter);
+    A const parameter = args.pos_weight.data
+                            ? read<A>(args, args.pos_weight, args.pos_weight_dtype, element)
+                            : static_cast<A>(args.parameter);
     Point<A> result;
     with_kind(args.kind,
               [&](auto kind) { result = evaluate<kind(), ScalarMath>(x, t, parameter); });
     if (args.weight.data) {
-        A const w = read<A>(args, args.weight, args.dtype, element);
+        A const w = read<A>(args, args.weight, args.weight_dtype, element);
         result.loss *= w;
         result.derivative *= w;
     }

@@ -8,14 +8,16 @@
 //                    |d| - beta / 2  elsewhere                          sign(d)
 //   huber            d^2 / 2                  where |d| <= delta        d
 //                    delta (|d| - delta / 2)  elsewhere                 delta sign(d)
-//   bce_with_logits  (1 - t) x + softplus(-x)                           s - t
-//   weighted_bce     (1 - t) x + (1 + (q - 1) t) softplus(-x)           (1 - t + q t) s - q t
-//                    with q = pos_weight, s = sigmoid(x), softplus(-x) = max(-x, 0) + log(1 + e),
-//                    e = exp(-|x|)
+//   weighted_bce     (1 - t) x + m (log(1 + e) + max(-x, 0)), that is:
+//                    m log(1 + e) + (1 - t) x  where x >= 0             (1 - t) - m s
+//                    m log(1 + e) - q t x      elsewhere                m s - q t
+//                    with q = pos_weight, m = 1 - t + q t, e = exp(-|x|), s = e / (1 + e)
+//   bce_with_logits  that with q = 1, so m = 1
 //
 // These are the definitions that the torch.nn modules of the same names document; smooth_l1 is that
-// of Girshick, 2015, huber that of Huber, 1964. bce_with_logits is the binary cross-entropy of s,
-// multiplied out so that no exponential is taken of a positive number.
+// of Girshick, 2015, huber that of Huber, 1964. A binary cross-entropy has two tails, in which the
+// logit is on the target's side and what is left is about e: neither log(1 + e) nor s is ever added
+// there to a number that is large beside it.
 #pragma once
 
 #include <type_traits>
@@ -132,8 +134,8 @@ template <Kind kind, class Math, class V>
 FUSEDSTEP_HD Point<V> binary_cross_entropy(V x, V t, V q) {
     V const zero{};
     V const one = zero + 1;
-    // 1 + e = -(minus_sum + minus_lost) and, each a quotient and its remainder's:
-    // e / (1 + e) = sigmoid(-|x|) and 1 / (1 + e) = sigmoid(|x|).
+    // 1 + e = -(minus_sum + minus_lost); e / (1 + e) = sigmoid(-|x|) is a quotient and its
+    // remainder's.
     auto const e = Math::exp(x < -x ? x : -x);
     V const rounded = e.high + e.low;
     V const minus_sum = -one - rounded;
@@ -147,22 +149,31 @@ FUSEDSTEP_HD Point<V> binary_cross_entropy(V x, V t, V q) {
     V const quotient = rounded * inverse;
     V const remainder =
         Math::fmadd(quotient, minus_lost, Math::fmadd(quotient, minus_sum, e.high) + e.low);
-    V const larger_remainder =
-        Math::fmadd(inverse, minus_lost, Math::fmadd(inverse, minus_sum, one));
-    V const sigmoid = Math::fmadd(x < zero ? remainder : larger_remainder, inverse,
-                                  x < zero ? quotient : inverse);
+    V const sigmoid = Math::fmadd(remainder, inverse, quotient);
     // log(1 + e) = -log(1 - quotient) + remainder, to first order, = quotient + tail
     V const squared = small ? zero : quotient;
     V const tail = Math::fmadd(squared * squared, log_tail<Math>(quotient), remainder);
     V const log_sum = quotient + tail;
+    V const signed_sigmoid = x < zero ? sigmoid : -sigmoid;
+    V const complement = one - t;
     if constexpr (kind == Kind::bce_with_logits) {
-        // (1 - t) x + max(-x, 0), without the terms that cancel where x < 0
-        return {log_sum + (x < zero ? -t : one - t) * x, sigmoid - t};
+        V const linear = x < zero ? -t : complement;
+        return {log_sum + linear * x, linear + signed_sigmoid};
     }
-    V const weighted = q * t;
-    V const softplus = log_sum + (x < zero ? -x : zero);
-    return {(one - t) * x + (one + (q - one) * t) * softplus,
-            (one - t + weighted) * sigmoid - weighted};
+    // An infinite target gives what torch's formula gives, the one of softplus in the table above.
+    V const nan_if_infinite = t - t;
+    auto const finite = nan_if_infinite == zero;
+    V const softplus = finite | (x >= zero) ? log_sum : log_sum - x;
+    auto const negative = finite & (x < zero);
+    // 1 - t + q t. The first form is exact, but for its last rounding, where the terms may cancel
+    // between the bounds of t, the second where they may elsewhere (there q > 1/2, and q - 1 is
+    // exact).
+    auto const between = (t >= zero) & (t <= zero + 4);
+    V const m = Math::fmadd(between ? q : q - one, t, between ? complement : one);
+    // q t x in the order in which a finite result does not overflow on the way.
+    V const weighted = (between ? q : x) * t * (between ? x : q);
+    return {(negative ? -weighted : complement * x) + m * softplus,
+            Math::fmadd(m, signed_sigmoid, negative ? -(q * t) : complement) + nan_if_infinite};
 }
 
 // The losses of d = x - t alone. parameter: smooth_l1's beta > 0 or huber's delta > 0.

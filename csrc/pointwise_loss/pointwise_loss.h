@@ -29,9 +29,12 @@ struct Args {
     // neither weight nor pos_weight.
     bool adjacent;
 
-    DType dtype;         // of input, grad, weight and pos_weight
-    DType target_dtype;  // dtype, or float32 where that is of 16 bits
-    DType loss_dtype;    // dtype, or float32 where that is of 16 bits
+    DType dtype;  // of input and grad
+    // Each is dtype, or float32 where that is of 16 bits.
+    DType target_dtype;
+    DType weight_dtype;
+    DType pos_weight_dtype;
+    DType loss_dtype;
     Operand input;
     Operand target;
     Operand weight;      // multiplies the loss of each element; only of a binary cross-entropy

@@ -87,6 +87,11 @@ bool fits_kernels(Kind kind, double parameter) {
     return kind != Kind::huber || parameter > 0;
 }
 
+// Whether what is beside the input has its dtype, or the one in which the kernels compute it.
+bool fits(at::ScalarType type, at::ScalarType input) {
+    return type == input || type == accumulate_type(input);
+}
+
 // Of a weight or pos_weight, constant and to be expanded to the shape of the input.
 Covered<> covered_factor(const OptionalTensor& factor, const Tensor& input) {
     if (!is_given(factor)) return covered;
@@ -98,7 +103,7 @@ Covered<> covered_factor(const OptionalTensor& factor, const Tensor& input) {
         return not_covered("forward-mode differentiation");
     }
     if (factor->requires_grad()) return not_covered("a weight that requires a gradient");
-    if (factor->scalar_type() != input.scalar_type()) {
+    if (!fits(factor->scalar_type(), input.scalar_type())) {
         return not_covered("a weight of another dtype than input");
     }
     if (!at::is_expandable_to(factor->sym_sizes(), input.sym_sizes())) {
@@ -171,6 +176,10 @@ struct KernelArgs {
         args.dtype = *kernel_dtype(input.scalar_type());
         args.parameter = call.parameter;
         args.target_dtype = *kernel_dtype(call.target.scalar_type());
+        if (is_given(call.weight)) args.weight_dtype = *kernel_dtype(call.weight->scalar_type());
+        if (is_given(call.pos_weight)) {
+            args.pos_weight_dtype = *kernel_dtype(call.pos_weight->scalar_type());
+        }
         args.derivative_scale =
             derivative_scale(args.kind, args.parameter, call.divisor(), args.dtype);
 
@@ -238,21 +247,18 @@ private:
                     call.target.sizes(), " does not fit input of shape ", input.sizes());
         TORCH_CHECK(fits_kernels(call.kind, call.parameter),
                     "pointwise_loss: the kernels do not compute a parameter of ", call.parameter);
-        check_fits("target", call.target, input, /*may_be_wider=*/true);
-        check_fits("loss", loss, input, /*may_be_wider=*/true);
-        check_fits("grad_output", grad_output, input, /*may_be_wider=*/true);
+        check_fits("target", call.target, input);
+        check_fits("loss", loss, input);
+        check_fits("grad_output", grad_output, input);
         check_factor("weight", call.weight, call);
         check_factor("pos_weight", call.pos_weight, call);
     }
 
-    static void check_fits(const char* name, const Tensor& tensor, const Tensor& input,
-                           bool may_be_wider) {
+    static void check_fits(const char* name, const Tensor& tensor, const Tensor& input) {
         if (!tensor.defined()) return;
-        at::ScalarType const type = input.scalar_type();
-        TORCH_CHECK(tensor.scalar_type() == type ||
-                        (may_be_wider && tensor.scalar_type() == accumulate_type(type)),
-                    "pointwise_loss: ", name, " of dtype ", tensor.scalar_type(),
-                    " does not fit input of dtype ", type);
+        TORCH_CHECK(fits(tensor.scalar_type(), input.scalar_type()), "pointwise_loss: ", name,
+                    " of dtype ", tensor.scalar_type(), " does not fit input of dtype ",
+                    input.scalar_type());
         TORCH_CHECK(tensor.device() == input.device(), "pointwise_loss: ", name, " on ",
                     tensor.device(), " does not fit input on ", input.device());
     }
@@ -261,7 +267,7 @@ private:
         if (!is_given(factor)) return;
         TORCH_CHECK(call.kind == Kind::bce_with_logits, "pointwise_loss: ", name,
                     " is for a binary cross-entropy, not for kind ", static_cast<int>(call.kind));
-        check_fits(name, *factor, call.input, /*may_be_wider=*/false);
+        check_fits(name, *factor, call.input);
         TORCH_CHECK(at::is_expandable_to(factor->sizes(), call.input.sizes()),
                     "pointwise_loss: ", name, " of shape ", factor->sizes(),
                     " does not expand to input of shape ", call.input.sizes());
@@ -278,9 +284,8 @@ struct Outputs {
                    : at::empty_like(call.input, call.input.options().dtype(loss_dtype))),
           grad(std::move(grad_)) {
         at::ScalarType const type = call.input.scalar_type();
-        TORCH_CHECK(loss_dtype == type || loss_dtype == accumulate_type(type),
-                    "pointwise_loss: a loss of dtype ", loss_dtype, " does not fit input of dtype ",
-                    type);
+        TORCH_CHECK(fits(loss_dtype, type), "pointwise_loss: a loss of dtype ", loss_dtype,
+                    " does not fit input of dtype ", type);
     }
     std::tuple<Tensor, Tensor> tuple(const Call& call) const {
         return {loss, grad.defined() ? grad : nothing(call.input, call.input.scalar_type())};

@@ -437,8 +437,9 @@ def binary_cross_entropy_with_logits(
     and what is covered are described at :func:`l1_loss`.
 
     Args:
-        weight: A factor for each element; broadcast to the shape of ``input``.
-        pos_weight: A factor for the positive part; broadcast to the shape of ``input``.
+        weight: A factor for each element; broadcast to the shape of ``input``. Of its dtype, or of
+            float32 beside 16 bits, as autocast leaves it.
+        pos_weight: A factor for the positive part; shapes and dtypes as for ``weight``.
 
     Raises:
         ValueError: The size of ``target`` is not that of ``input``, or ``reduction`` is unknown.

@@ -106,6 +106,8 @@ Case::Case(Choices& choices_) : choices(choices_) {
     std::copy(sizes.begin(), sizes.end(), args.sizes);
     args.dtype = dtype;
     args.target_dtype = choices.one_in(4) ? computed : dtype;
+    args.weight_dtype = choices.one_in(4) ? computed : dtype;
+    args.pos_weight_dtype = choices.one_in(4) ? computed : dtype;
     args.loss_dtype = choices.one_in(2) ? computed : dtype;
     args.parameter = choices.one_of({1.0, 0.1, 1e-18, 1e18, 3.0});
     divisor = choices.one_of({1.0, static_cast<double>(numel), 1e18});
@@ -115,9 +117,10 @@ Case::Case(Choices& choices_) : choices(choices_) {
     input = add(args.input, dtype, false);
     target = add(args.target, args.target_dtype, false);
     if (!args.adjacent && !is_of_difference(args.kind) && choices.one_in(2)) {
-        weight = add(args.weight, dtype, false);
+        weight = add(args.weight, args.weight_dtype, false);
     }
-    if (args.kind == Kind::weighted_bce) pos_weight = add(args.pos_weight, dtype, false);
+    if (args.kind == Kind::weighted_bce)
+        pos_weight = add(args.pos_weight, args.pos_weight_dtype, false);
     if (!choices.one_in(4)) grad = add(args.grad, dtype, true);
     if (choices.one_in(2)) loss = add(args.loss, args.loss_dtype, true);
     if (choices.one_in(2)) {
