@@ -7,7 +7,7 @@
 #include "core/cpu_level.h"
 #include "cross_entropy/binding.h"
 #include "pointwise_loss/binding.h"
-#include "sgd/binding.h"
+#include "optim/torch/binding.h"
 #include "torch_glue/coverage.h"
 #include "torch_glue/python.h"
 
@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace {
 
 using fusedstep::cross_entropy::check_targets;
-using fusedstep::sgd::Rounding;
+using fusedstep::optim::Rounding;
 
 // Tensors of one call as C++ sees them, if all are plain and nothing is watching calls. Borrowed:
 // the call's arguments hold them.
@@ -172,10 +172,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def(py::init<bool, std::optional<std::uint64_t>>(), py::kw_only(),
              py::arg("master_weights"), py::arg("seed"))
         .def_readonly("master_weights", &Rounding::master_weights);
-    m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::sgd::step));
-    m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::sgd::step_in_backward));
-    m.def("sgd_refuse_capture", torch::wrap_pybind_function(&fusedstep::sgd::refuse_capture));
-    m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::sgd::zero_grad));
+    m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::optim::step));
+    m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::optim::step_in_backward));
+    m.def("sgd_refuse_capture", torch::wrap_pybind_function(&fusedstep::optim::refuse_capture));
+    m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::optim::zero_grad));
     m.def("call_counts", &call_counts);
     m.def("reset_call_counts", &fusedstep::CallCounter::reset_all);
     m.def("count_fallback", torch::wrap_pybind_function(&count_fallback));

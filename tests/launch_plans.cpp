@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "cross_entropy/cuda_plan.h"
-#include "sgd/cuda_step.h"
+#include "optim/cuda.h"
 
 using fusedstep::DeviceLimits;
 using fusedstep::LaunchShape;
@@ -32,14 +32,14 @@ void cross_entropy_plan(std::int64_t rows, std::int64_t classes, bool adjacent, 
 }
 
 void sgd_shape(std::int64_t chunks, const DeviceLimits* limits, Shape* out) {
-    *out = shape_of(fusedstep::sgd::update_shape(chunks, *limits));
+    *out = shape_of(fusedstep::optim::update_shape(chunks, *limits));
 }
 
 // The largest number of entries that travel in a launch's parameters beside so many groups.
 std::int64_t sgd_entries_in_parameters(std::int64_t groups) {
-    fusedstep::sgd::Step step{};
+    fusedstep::optim::Step step{};
     step.group_count = groups;
-    while (fusedstep::sgd::table_fits(step)) ++step.entry_count;
+    while (fusedstep::optim::table_fits(step)) ++step.entry_count;
     return step.entry_count - 1;
 }
 

@@ -19,7 +19,7 @@ HOT = (
     r"scale_kernel<.*>",
     r"pointwise_loss::forward_kernel<.*>",
     r"pointwise_loss::backward_kernel<.*>",
-    r"sgd::update_kernel<.*>",
+    r"optim::update_kernel<.*>",
 )
 VECTORISED = (
     r"cross_entropy::forward_kernel<(float|bfloat16|float16), false, true, .*>",
@@ -27,7 +27,7 @@ VECTORISED = (
     r"scale_kernel<.*>",
     r"pointwise_loss::forward_kernel<.*, true>",
     r"pointwise_loss::backward_kernel<.*, true>",
-    r"sgd::update_kernel<.*>",
+    r"optim::update_kernel<.*>",
 )
 # From and to memory that is global, or through a pointer that the compiler knows nothing of.
 WIDE = {"loads": r"LD(G|GSTS)?\b.*\.128\b.*", "stores": r"STG?\b.*\.128\b.*"}
@@ -102,7 +102,7 @@ GOOD_NAMES = [
     "void fusedstep::(anonymous namespace)::scale_kernel<float>()",
     "void fusedstep::pointwise_loss::(anonymous namespace)::forward_kernel<double, true>()",
     "void fusedstep::pointwise_loss::(anonymous namespace)::backward_kernel<double, true>()",
-    "void fusedstep::sgd::(anonymous namespace)::update_kernel<fusedstep::sgd::Table<4ul> >()",
+    "void fusedstep::optim::(anonymous namespace)::update_kernel<fusedstep::optim::Table<4ul> >()",
 ]
 
 

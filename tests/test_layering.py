@@ -17,7 +17,9 @@ import operators
 ROOT = Path(__file__).resolve().parents[1]
 CPP = {".h", ".cpp", ".cuh", ".cu"}
 SHARED = {"core", "torch_glue"}  # the folders of csrc that are not rooms
-SPEAKS_TORCH = re.compile(r"module\.cpp|torch_glue/.*|(?!core/)[^/]+/(torch\.cpp|binding\.h)")
+SPEAKS_TORCH = re.compile(
+    r"module\.cpp|torch_glue/.*|(?!core/)[^/]+/(torch\.cpp|binding\.h|torch/.*)"
+)
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"\n]+)', re.MULTILINE)
 TORCH = re.compile(

@@ -1581,7 +1581,7 @@ def test_one_launch_for_any_number_of_tensors(
             ours.step()
         theirs.step()
         assert len(kernels) == 1, kernels
-        assert "sgd::" in kernels[0] and table in kernels[0]
+        assert "optim::" in kernels[0] and table in kernels[0]
         assert_same(ours, theirs)
 
 

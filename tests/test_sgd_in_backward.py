@@ -506,4 +506,4 @@ def test_one_launch_for_each_parameter(launches: Any) -> None:
     loss = model(torch.randn(7, 17)).square().mean()
     with launches() as kernels:
         loss.backward()
-    assert len([kernel for kernel in kernels if "sgd::" in kernel]) == 6
+    assert len([kernel for kernel in kernels if "optim::" in kernel]) == 6

@@ -175,7 +175,7 @@ def test_one_launch(count: int, option: str, launches: Any, device: str) -> None
         set_random_grads(params)
         with launches() as kernels:
             optimizer.step()
-        assert len([kernel for kernel in kernels if "sgd::" in kernel]) == 1, kernels
+        assert len([kernel for kernel in kernels if "optim::" in kernel]) == 1, kernels
 
 
 CANARY = 12345.0

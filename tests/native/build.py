@@ -19,7 +19,7 @@ CSRC = ROOT / "csrc"
 TARGETS = {
     "cross_entropy": ["cross_entropy"],
     "pointwise_loss": ["pointwise_loss"],
-    "sgd": ["sgd"],
+    "sgd": ["optim"],
     "cuda_plan": [],
 }
 # cuda_plan includes the emulator's CUDA, which needs std::source_location: g++, or clang from 16.

@@ -6,7 +6,7 @@
 
 #include "cross_entropy/cross_entropy.h"
 #include "pointwise_loss/pointwise_loss.h"
-#include "sgd/sgd.h"
+#include "optim/optim.h"
 
 extern "C" void start_counting();
 extern "C" void stop_counting(const char* name);
@@ -125,7 +125,7 @@ void pointwise_loss(const char* dtype_name, DType dtype) {
 
 template <class T>
 void sgd(const char* dtype_name, DType dtype) {
-    using namespace fusedstep::sgd;
+    using namespace fusedstep::optim;
     constexpr std::int64_t kNumel = 100 * 1000;
     std::vector<T> param = numbers<T>(kNumel), grad = numbers<T>(kNumel),
                    buffer = numbers<T>(kNumel);

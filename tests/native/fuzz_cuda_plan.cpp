@@ -3,7 +3,7 @@
 #include "cross_entropy/cuda_plan.h"
 #include "harness.h"
 #include "pointwise_loss/cuda_entry.h"
-#include "sgd/cuda_step.h"
+#include "optim/cuda.h"
 
 namespace native {
 namespace {
@@ -88,20 +88,20 @@ void check_others(Choices& choices) {
            numel, 1, limits);
 
     std::int64_t const chunks = any_count(choices, 31) + 1;
-    LaunchShape const update = fusedstep::sgd::update_shape(chunks, limits);
+    LaunchShape const update = fusedstep::optim::update_shape(chunks, limits);
     std::int64_t const share = (chunks + update.blocks - 1) / update.blocks;
     expect(update.blocks >= 1 && update.blocks <= chunks && update.blocks <= INT32_MAX &&
                share * fusedstep::kChunk <= std::int64_t{1} << 30,
            "sgd", update, chunks, 1, limits);
 
-    fusedstep::sgd::Step step{};
+    fusedstep::optim::Step step{};
     step.group_count = choices.between(0, 200);
     step.entry_count = choices.between(0, 2000);
     auto const table =
-        static_cast<std::size_t>(step.group_count) * sizeof(fusedstep::sgd::Hyperparameters) +
-        static_cast<std::size_t>(step.entry_count) * sizeof(fusedstep::sgd::Entry);
-    bool const fits = table + sizeof(fusedstep::sgd::UpdateHeader) <= 32760;
-    if (fusedstep::sgd::table_fits(step) != fits) fail("table_fits");
+        static_cast<std::size_t>(step.group_count) * sizeof(fusedstep::optim::Hyperparameters) +
+        static_cast<std::size_t>(step.entry_count) * sizeof(fusedstep::optim::Entry);
+    bool const fits = table + sizeof(fusedstep::optim::UpdateHeader) <= 32760;
+    if (fusedstep::optim::table_fits(step) != fits) fail("table_fits");
 }
 
 struct Tensor {

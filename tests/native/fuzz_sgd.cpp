@@ -1,17 +1,17 @@
 // The kernels of sgd/ on any list of tensors, against the formula of its math.h.
 #include "harness.h"
-#include "sgd/sgd.h"
+#include "optim/optim.h"
 
 namespace native {
 namespace {
 
 using fusedstep::kChunk;
-using fusedstep::sgd::CpuKernels;
-using fusedstep::sgd::Entry;
-using fusedstep::sgd::EntryPrecision;
-using fusedstep::sgd::Hyperparameters;
-using fusedstep::sgd::Precision;
-using fusedstep::sgd::Step;
+using fusedstep::optim::CpuKernels;
+using fusedstep::optim::Entry;
+using fusedstep::optim::EntryPrecision;
+using fusedstep::optim::Hyperparameters;
+using fusedstep::optim::Precision;
+using fusedstep::optim::Step;
 
 struct Tensors {
     std::unique_ptr<Array> param, grad, buffer, master;
@@ -254,7 +254,7 @@ void Case::check(const CpuKernels& kernels) {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
     native::Choices choices(data, size);
     native::Case one(choices);
-    for (const auto& level : NATIVE_LEVELS(sgd)) {
+    for (const auto& level : NATIVE_LEVELS(optim)) {
         one.level = level.name;
         one.check(level.kernels);
     }

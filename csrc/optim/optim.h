@@ -8,7 +8,7 @@
 #include "core/dtype.h"
 #include "core/multi_tensor.h"
 
-namespace fusedstep::sgd {
+namespace fusedstep::optim {
 
 // Of one parameter group.
 struct Hyperparameters {
@@ -77,4 +77,4 @@ FUSEDSTEP_DECLARE_LEVELS(CpuKernels)
 
 const CpuKernels& cpu_kernels();
 
-}  // namespace fusedstep::sgd
+}  // namespace fusedstep::optim

@@ -4,10 +4,10 @@
 
 #include "core/multi_tensor.h"
 #include "core/vec.h"
-#include "sgd/math.h"
-#include "sgd/sgd.h"
+#include "optim/rules/sgd.h"
+#include "optim/optim.h"
 
-namespace fusedstep::sgd::FUSEDSTEP_LEVEL {
+namespace fusedstep::optim::FUSEDSTEP_LEVEL {
 namespace {
 
 using namespace ::fusedstep::FUSEDSTEP_LEVEL;
@@ -201,4 +201,4 @@ void update(const Step& step, std::int64_t first, std::int64_t last) {
 
 extern const CpuKernels kernels{update};
 
-}  // namespace fusedstep::sgd::FUSEDSTEP_LEVEL
+}  // namespace fusedstep::optim::FUSEDSTEP_LEVEL

@@ -22,9 +22,9 @@
 #include <utility>
 #include <vector>
 
-#include "sgd/binding.h"
-#include "sgd/math.h"
-#include "sgd/sgd.h"
+#include "optim/torch/binding.h"
+#include "optim/rules/sgd.h"
+#include "optim/optim.h"
 #include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/plain.h"
@@ -33,10 +33,10 @@
 #if defined(FUSEDSTEP_CUDA)
 #include <ATen/ops/empty.h>
 
-#include "sgd/cuda_step.h"
+#include "optim/cuda.h"
 #endif
 
-namespace fusedstep::sgd {
+namespace fusedstep::optim {
 namespace {
 
 namespace py = pybind11;
@@ -1128,4 +1128,4 @@ void zero_grad(const py::list& param_groups) {
     }
 }
 
-}  // namespace fusedstep::sgd
+}  // namespace fusedstep::optim

@@ -9,9 +9,9 @@
 #include <cstdint>
 
 #include "core/cuda_launch.h"
-#include "sgd/sgd.h"
+#include "optim/optim.h"
 
-namespace fusedstep::sgd {
+namespace fusedstep::optim {
 
 // What the kernel's parameters may hold: all that a launch takes (from compute capability 7.0 and
 // CUDA 12.1 on) and, so that a step of few tensors does not carry 32 KB, an eighth of it.
@@ -66,4 +66,4 @@ constexpr LaunchShape update_shape(std::int64_t chunks, const DeviceLimits& limi
 cudaError_t cuda_update(const Step& step, const void* device_table, const DeviceLimits& limits,
                         cudaStream_t stream);
 
-}  // namespace fusedstep::sgd
+}  // namespace fusedstep::optim

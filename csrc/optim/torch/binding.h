@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-namespace fusedstep::sgd {
+namespace fusedstep::optim {
 
 // How 16-bit parameters are rounded; without either, to nearest.
 struct Rounding {
@@ -51,4 +51,4 @@ void refuse_capture(c10::Device device, const std::string& name);
 // Sets the grad of every parameter to None.
 void zero_grad(const pybind11::list& param_groups);
 
-}  // namespace fusedstep::sgd
+}  // namespace fusedstep::optim

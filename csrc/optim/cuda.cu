@@ -1,7 +1,7 @@
 // The SGD update on CUDA: one pass over memory that reads and writes each element once. A block
 // takes a range of chunks, and each of its threads every kUpdateThreads-th access. Threads share
 // nothing: results do not depend on the shape of the launch.
-#include "sgd/cuda_step.h"
+#include "optim/cuda.h"
 
 #include <cstring>
 #include <limits>
@@ -11,9 +11,9 @@
 #include "core/cuda_pieces.cuh"
 #include "core/cuda_vector.cuh"
 #include "core/multi_tensor.h"
-#include "sgd/math.h"
+#include "optim/rules/sgd.h"
 
-namespace fusedstep::sgd {
+namespace fusedstep::optim {
 namespace {
 
 template <class A>
@@ -402,4 +402,4 @@ cudaError_t cuda_update(const Step& step, const void* device_table, const Device
                : launch_with_parameters<ManyEntries>(step, header, limits, stream);
 }
 
-}  // namespace fusedstep::sgd
+}  // namespace fusedstep::optim

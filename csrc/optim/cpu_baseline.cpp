@@ -1,2 +1,2 @@
 #include "core/level_baseline.h"
-#include "sgd/cpu_update.h"
+#include "optim/cpu.h"

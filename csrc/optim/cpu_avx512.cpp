@@ -1,5 +1,5 @@
 #if defined(__x86_64__)
-#include "core/level_avx2.h"
-#include "sgd/cpu_update.h"
+#include "core/level_avx512.h"
+#include "optim/cpu.h"
 #include "core/level_end.h"
 #endif

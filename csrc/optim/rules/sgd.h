@@ -16,9 +16,9 @@
 #pragma once
 
 #include "core/dtype.h"
-#include "sgd/sgd.h"
+#include "optim/optim.h"
 
-namespace fusedstep::sgd {
+namespace fusedstep::optim {
 
 template <class V>
 struct Coefficients {
@@ -129,4 +129,4 @@ FUSEDSTEP_HD V round_stochastically(V x, U random) {
     return __builtin_bit_cast(V, (bits & 0x7fffffffu) > 0x7f800000u ? bits : rounded);
 }
 
-}  // namespace fusedstep::sgd
+}  // namespace fusedstep::optim

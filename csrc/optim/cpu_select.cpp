@@ -1,0 +1,7 @@
+#include "optim/optim.h"
+
+namespace fusedstep::optim {
+
+const CpuKernels& cpu_kernels() { return FUSEDSTEP_SELECT_LEVEL; }
+
+}  // namespace fusedstep::optim
