@@ -1,11 +1,11 @@
-// The SGD update on the CPU, compiled once per instruction-set level: one pass over memory that
-// reads and writes each element once.
+// The updates on the CPU, compiled once per instruction-set level: one pass over memory that reads
+// and writes each element once.
 #pragma once
 
 #include "core/multi_tensor.h"
 #include "core/vec.h"
-#include "optim/rules/sgd.h"
-#include "optim/optim.h"
+#include "optim/rules.h"
+#include "optim/storage.h"
 
 namespace fusedstep::optim::FUSEDSTEP_LEVEL {
 namespace {
@@ -36,95 +36,70 @@ struct Part {
     }
 };
 
-// The same elements of all of an entry's arrays, and how the parameter's are kept: in itself,
-template <class T>
-struct Ordinary {
-    using Accumulate = acc_t<T>;
-    T* param;
-    T* grad;
-    T* buffer;
-
-    template <class Access>
-    FUSEDSTEP_VEC auto load_grad(Access access, std::int64_t i) const {
-        return access.load(grad + i);
-    }
-    template <class Access>
-    FUSEDSTEP_VEC auto load_param(Access access, std::int64_t i) const {
-        return access.load(param + i);
-    }
-    template <class Access, class V>
-    FUSEDSTEP_VEC void store_param(Access access, std::int64_t i, V v) const {
-        access.store(param + i, v);
-    }
-};
-
-// rounded by chance,
-struct Stochastic : Ordinary<bfloat16> {
-    std::uint64_t key;
+// The same elements of all of an entry's arrays.
+template <class Rule, class Policy>
+struct Arrays {
+    typename Policy::Param* param;
+    typename Policy::Param* grad;
+    typename Policy::State* states[kStates<Rule>];
+    float* master;
+    std::uint64_t key;    // of stochastic rounding
     std::int64_t offset;  // of these elements in the parameter
-
-    template <class Access>
-    FUSEDSTEP_VEC void store_param(Access access, std::int64_t i, VecF v) const {
-        auto const at = static_cast<std::uint64_t>(offset + i);
-        VecU32 const low = vec_cast<VecU32>(lane_index<float>()) + static_cast<std::uint32_t>(at);
-        VecU32 const random = random_bits(key, static_cast<std::uint32_t>(at >> 32), low);
-        access.store(param + i, round_stochastically(v, random));
-    }
+    bool unscale;         // see advance()
+    float grad_scale;
 };
 
-// or in float32 beside it.
-template <class T>
-struct WithMaster {
-    using Accumulate = float;
-    T* param;
-    T* grad;
-    float* buffer;
-    float* master_param;
-    float grad_scale;
+// See advance().
+struct Operations {
+    std::uint64_t key;
+    std::uint64_t place;  // of the first lane in the parameter
 
-    // What the update sees is divided in float32; what stays behind is rounded.
-    template <class Access>
-    FUSEDSTEP_VEC VecF load_grad(Access access, std::int64_t i) const {
-        VecF g = access.load(grad + i);
-        if (grad_scale != 1) {
-            g = g / grad_scale;
-            access.store(grad + i, g);
-        }
-        return g;
+    template <class V>
+    FUSEDSTEP_VEC V mul_add(V a, V b, V c) const {
+        return fmadd(a, b, c);
     }
-    template <class Access>
-    FUSEDSTEP_VEC VecF load_param(Access access, std::int64_t i) const {
-        VecF const p = access.load(param + i);
-        VecF const master = access.load(master_param + i);
-        T rounded[kLanes<float>];
-        store(rounded, master);
-        VecF const expected = load(static_cast<const T*>(rounded));
-        return vec_cast<VecI32>(p) == vec_cast<VecI32>(expected) ? master : p;
+    template <class T, class V>
+    FUSEDSTEP_VEC V rounded(V v) const {
+        return widened<T>(narrowed<T>(v));
     }
-    template <class Access>
-    FUSEDSTEP_VEC void store_param(Access access, std::int64_t i, VecF v) const {
-        access.store(master_param + i, v);
-        access.store(param + i, v);
+    FUSEDSTEP_VEC VecF where_same(VecF a, VecF b, VecF yes, VecF no) const {
+        return vec_cast<VecI32>(a) == vec_cast<VecI32>(b) ? yes : no;
+    }
+    FUSEDSTEP_VEC VecU32 random() const {
+        VecU32 const low =
+            vec_cast<VecU32>(lane_index<float>()) + static_cast<std::uint32_t>(place);
+        return random_bits(key, static_cast<std::uint32_t>(place >> 32), low);
     }
 };
 
 // Not inlined: update() calls one of seventy, and holding them all it starts more slowly.
-template <class Rule, class Arrays>
-__attribute__((noinline)) void update_span(const Hyperparameters& h, const Arrays arrays,
-                                           std::int64_t n) {
-    using A = typename Arrays::Accumulate;
+template <class Rule, auto variant, class Policy>
+__attribute__((noinline)) void update_span(const typename Rule::Hyperparameters& h,
+                                           const Arrays<Rule, Policy> arrays, std::int64_t n) {
+    using A = acc_t<typename Policy::State>;
     using V = Vec<A>;
     constexpr int L = kLanes<A>;
-    auto const c =
-        coefficients<A>(h, h.lr, [](A x) __attribute__((always_inline)) { return broadcast(x); });
+    auto const c = Rule::template coefficients<A>(
+        h, h.lr.value, [](A x) __attribute__((always_inline)) { return broadcast(x); });
+    V const grad_scale = broadcast(static_cast<A>(arrays.grad_scale));
     auto one = [&](auto access, std::int64_t i) __attribute__((always_inline)) {
-        V b{};
-        if constexpr (Rule::momentum == Momentum::running) b = access.load(arrays.buffer + i);
-        V const p = update<Rule>(arrays.load_param(access, i), arrays.load_grad(access, i), b, c,
-                                 [](V x, V y, V z)
-                                     __attribute__((always_inline)) { return fmadd(x, y, z); });
-        if constexpr (Rule::momentum != Momentum::none) access.store(arrays.buffer + i, b);
-        arrays.store_param(access, i, p);
+        Element<V, kStates<Rule>> e{};
+        for (int s = 0; s < kStates<Rule>; ++s) {
+            if (Rule::reads(variant) >> s & 1) e.states[s] = access.load(arrays.states[s] + i);
+        }
+        e.param = access.load(arrays.param + i);
+        if constexpr (Policy::has_master) e.master = access.load(arrays.master + i);
+        e.grad = access.load(arrays.grad + i);
+        Operations const ops{arrays.key, static_cast<std::uint64_t>(arrays.offset + i)};
+        advance<Rule, variant, Policy>(e, c, arrays.unscale, grad_scale, ops);
+        if constexpr (Policy::has_master) {
+            if (arrays.unscale) access.store(arrays.grad + i, e.grad);
+            access.store(arrays.master + i, e.master);
+        }
+        for (int s = 0; s < kStates<Rule>; ++s) {
+            if (Rule::writes(variant) >> s & 1) access.store(arrays.states[s] + i, e.states[s]);
+        }
+        access.store(arrays.param + i, e.param);
     };
 
     std::int64_t i = 0;
@@ -146,59 +121,61 @@ void unscale_span(T* grad, std::int64_t n, double grad_scale) {
     if (i < n) store_partial(grad + i, load_partial(grad + i, n - i) / scale, n - i);
 }
 
-// Calls f(arrays) with the elements [begin, end) of an entry.
-template <class T, class F>
-FUSEDSTEP_VEC void with_arrays(const Entry& entry, const EntryPrecision* precision,
-                               double grad_scale, std::int64_t begin, F f) {
-    T* const param = static_cast<T*>(entry.param) + begin;
-    T* const grad = static_cast<T*>(entry.grad) + begin;
-    if constexpr (sizeof(T) == 2) {
-        if (precision && precision->precision == Precision::master_weights) {
-            auto* const buffer = static_cast<float*>(entry.momentum_buffer);
-            f(WithMaster<T>{param, grad, buffer ? buffer + begin : nullptr,
-                            precision->master_param + begin, static_cast<float>(grad_scale)});
-            return;
-        }
+// Updates the elements [begin, begin + n) of an entry.
+template <class Rule, class Policy>
+FUSEDSTEP_VEC void update_elements(const Step& step, const typename Rule::Hyperparameters& h,
+                                   const Entry& entry, const EntryStorage* storage,
+                                   std::int64_t begin, std::int64_t n) {
+    using T = typename Policy::Param;
+    using S = typename Policy::State;
+    Arrays<Rule, Policy> arrays{};
+    arrays.param = static_cast<T*>(entry.param) + begin;
+    arrays.grad = static_cast<T*>(entry.grad) + begin;
+    for (int s = 0; s < kStates<Rule>; ++s) {
+        auto* const state = static_cast<S*>(entry.states[s]);
+        arrays.states[s] = state ? state + begin : nullptr;
     }
-    auto* const buffer = static_cast<T*>(entry.momentum_buffer);
-    Ordinary<T> const ordinary{param, grad, buffer ? buffer + begin : nullptr};
-    if constexpr (std::is_same_v<T, bfloat16>) {
-        if (precision && precision->precision == Precision::stochastic_rounding) {
-            f(Stochastic{ordinary, precision->key, begin});
-            return;
-        }
+    arrays.offset = begin;
+    arrays.unscale = step.grad_scale != 1;
+    arrays.grad_scale = static_cast<float>(step.grad_scale);
+    if constexpr (Policy::has_master) {
+        arrays.master = storage->master_param + begin;
+    } else {
+        if (arrays.unscale) unscale_span(arrays.grad, n, step.grad_scale);
+        if constexpr (Policy::by_chance) arrays.key = storage->key;
     }
-    f(ordinary);
+    Rule::with_variant(Rule::variant_of(h, entry.first_step), [&](auto variant) {
+        update_span<Rule, variant(), Policy>(h, arrays, n);
+    });
 }
 
+template <class Rule>
 void update(const Step& step, std::int64_t first, std::int64_t last) {
+    auto const* const groups = static_cast<const typename Rule::Hyperparameters*>(step.groups);
     for_each_span(
         step.entries, step.entry_count, first, last,
         [&](const Entry& entry, std::int64_t begin, std::int64_t end) {
-            const Hyperparameters& h = step.groups[entry.group];
-            const EntryPrecision* const precision =
-                step.precisions ? step.precisions + (&entry - step.entries) : nullptr;
+            const EntryStorage* const storage =
+                step.storages ? step.storages + (&entry - step.entries) : nullptr;
+            // A gradient that is unscaled is read again while it is in the cache.
+            std::int64_t const block = step.grad_scale == 1 ? end - begin : kChunk;
             dispatch(entry.dtype, [&](auto tag) {
                 using T = typename decltype(tag)::type;
-                // A gradient that is unscaled is read again while it is in the cache.
-                std::int64_t const block = step.grad_scale == 1 ? end - begin : kChunk;
-                for (std::int64_t i = begin; i < end; i += block) {
-                    std::int64_t const n = block < end - i ? block : end - i;
-                    with_arrays<T>(entry, precision, step.grad_scale, i, [&](const auto& arrays) {
-                        using Arrays = std::remove_cvref_t<decltype(arrays)>;
-                        if constexpr (!std::is_same_v<Arrays, WithMaster<T>>) {
-                            if (step.grad_scale != 1) unscale_span(arrays.grad, n, step.grad_scale);
-                        }
-                        with_rule(momentum_of(h, entry.first_step), h.nesterov, h.weight_decay != 0,
-                                  [&](auto rule) { update_span<decltype(rule)>(h, arrays, n); });
-                    });
-                }
+                with_policy<T>(storage ? storage->storage : Storage::ordinary, [&](auto policy) {
+                    for (std::int64_t i = begin; i < end; i += block) {
+                        std::int64_t const n = block < end - i ? block : end - i;
+                        update_elements<Rule, decltype(policy)>(step, groups[entry.group], entry,
+                                                                storage, i, n);
+                    }
+                });
             });
         });
 }
 
 }  // namespace
 
-extern const CpuKernels kernels{update};
+#define FUSEDSTEP_UPDATE(R) update<R>,
+extern const CpuKernels kernels{{FUSEDSTEP_RULES(FUSEDSTEP_UPDATE)}};
+#undef FUSEDSTEP_UPDATE
 
 }  // namespace fusedstep::optim::FUSEDSTEP_LEVEL

@@ -1,4 +1,4 @@
-#include "optim/optim.h"
+#include "optim/rules.h"
 
 namespace fusedstep::optim {
 

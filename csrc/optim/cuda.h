@@ -1,15 +1,16 @@
-// The CUDA entry points of this room: one launch for a whole step. All pointers of a Step's entries
-// are to memory of the device; its lists of groups and entries are the host's and travel to the
-// kernel as one table.
+// The CUDA entry points of the optimizers: one launch for a whole step. All pointers of a Step's
+// entries are to memory of the device; its lists of groups and entries are the host's and travel to
+// the kernel as one table.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "core/cuda_launch.h"
-#include "optim/optim.h"
+#include "optim/rules.h"
 
 namespace fusedstep::optim {
 
@@ -30,24 +31,54 @@ struct UpdateHeader {
     const float* device_found_inf;
 };
 
-// What is listed where not all entries are ordinary.
-struct PreciseEntry : Entry {
-    EntryPrecision precision;
+// An entry of the table: the beginning of an Entry, as far as its rule has states,
+template <int states_>
+struct ListedEntry {
+    Extent extent;
+    void* param;
+    void* grad;
+    std::int32_t group;
+    DType dtype;
+    bool first_step;
+    void* states[states_];
+};
+// and how the parameter is kept, where not all entries are ordinary.
+template <int states_>
+struct StoredEntry : ListedEntry<states_> {
+    EntryStorage storage;
 };
 
+constexpr std::size_t listed_bytes(const Rule& rule) {
+    return offsetof(Entry, states) + rule.states.size() * sizeof(void*);
+}
+static_assert(sizeof(ListedEntry<1>) == listed_bytes(rule_of<Sgd>()) &&
+              sizeof(StoredEntry<1>) == sizeof(ListedEntry<1>) + sizeof(EntryStorage));
+
 // The table: the groups, then the entries.
-constexpr std::size_t table_bytes(const Step& step) {
-    std::size_t const entry = step.precisions ? sizeof(PreciseEntry) : sizeof(Entry);
-    return static_cast<std::size_t>(step.group_count) * sizeof(Hyperparameters) +
+constexpr std::size_t table_bytes(const Rule& rule, const Step& step) {
+    std::size_t const entry = listed_bytes(rule) + (step.storages ? sizeof(EntryStorage) : 0);
+    return static_cast<std::size_t>(step.group_count) * rule.group_bytes +
            static_cast<std::size_t>(step.entry_count) * entry;
 }
 
-constexpr bool table_fits(const Step& step, std::size_t parameter_bytes = kMostParameterBytes) {
-    return sizeof(UpdateHeader) + table_bytes(step) <= parameter_bytes;
+constexpr bool table_fits(const Rule& rule, const Step& step,
+                          std::size_t parameter_bytes = kMostParameterBytes) {
+    return sizeof(UpdateHeader) + table_bytes(rule, step) <= parameter_bytes;
 }
 
-// Writes table_bytes(step) bytes.
-void write_table(const Step& step, void* table);
+// Writes table_bytes(rule, step) bytes.
+inline void write_table(const Rule& rule, const Step& step, void* table) {
+    auto* to = static_cast<unsigned char*>(table);
+    auto const write = [&to](const void* from, std::size_t bytes) {
+        std::memcpy(to, from, bytes);
+        to += bytes;
+    };
+    write(step.groups, static_cast<std::size_t>(step.group_count) * rule.group_bytes);
+    for (std::int64_t i = 0; i < step.entry_count; ++i) {
+        write(step.entries + i, listed_bytes(rule));
+        if (step.storages) write(step.storages + i, sizeof(EntryStorage));
+    }
+}
 
 // A block for each chunk, at most as many as are resident at once; more only where the share of one
 // block would reach 2^30 elements.
@@ -63,7 +94,16 @@ constexpr LaunchShape update_shape(std::int64_t chunks, const DeviceLimits& limi
 // Enqueues the update of all entries, which have less than 2^41 elements. `device_table` is memory
 // of the device that holds the step's table when the kernel runs; null where the table fits into
 // the kernel's parameters.
-cudaError_t cuda_update(const Step& step, const void* device_table, const DeviceLimits& limits,
-                        cudaStream_t stream);
+using CudaUpdate = cudaError_t (*)(const Step& step, const void* device_table,
+                                   const DeviceLimits& limits, cudaStream_t stream);
+
+// Of a rule R; compiled by rules/<name>.cu.
+template <class R>
+CudaUpdate cuda_update_of();
+
+// Of each rule, in the order of kRules.
+#define FUSEDSTEP_CUDA_UPDATE(R) cuda_update_of<R>,
+inline constexpr CudaUpdate (*kCudaUpdates[])() = {FUSEDSTEP_RULES(FUSEDSTEP_CUDA_UPDATE)};
+#undef FUSEDSTEP_CUDA_UPDATE
 
 }  // namespace fusedstep::optim
