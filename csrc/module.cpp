@@ -16,7 +16,6 @@ namespace py = pybind11;
 namespace {
 
 using fusedstep::cross_entropy::check_targets;
-using fusedstep::optim::Rounding;
 
 // Tensors of one call as C++ sees them, if all are plain and nothing is watching calls. Borrowed:
 // the call's arguments hold them.
@@ -159,6 +158,45 @@ void register_node_type(const std::type_info& node, const char* name) {
     torch::autograd::registerCppFunction(node, type);
 }
 
+// The table of optimizers, by name, with what runs each.
+void define_optimizers(py::module_& m) {
+    using namespace fusedstep::optim;
+    py::class_<Extensions>(m, "Extensions")
+        .def(py::init<bool, std::optional<std::uint64_t>, bool>(), py::kw_only(),
+             py::arg("master_weights") = false, py::arg("seed") = py::none(),
+             py::arg("require_finite") = false)
+        .def_readonly("master_weights", &Extensions::master_weights);
+    py::class_<Optimizer, std::unique_ptr<Optimizer, py::nodelete>>(m, "Optimizer")
+        .def_property_readonly("name", [](const Optimizer& self) { return self.rule.name; })
+        .def_property_readonly("numbers",  // by key, what errors call it
+                               [](const Optimizer& self) {
+                                   py::dict numbers;
+                                   numbers["lr"] = "learning rate";
+                                   for (const Number& number : self.rule.numbers) {
+                                       numbers[number.key] = number.called;
+                                   }
+                                   return numbers;
+                               })
+        .def_property_readonly("states",
+                               [](const Optimizer& self) {
+                                   py::list states;
+                                   for (const State& state : self.rule.states) {
+                                       states.append(state.key);
+                                   }
+                                   return py::tuple(states);
+                               })
+        .def("states_of", torch::wrap_pybind_function(&states_of_group))
+        .def("step", torch::wrap_pybind_function(&step))
+        .def("step_in_backward", torch::wrap_pybind_function(&step_in_backward));
+    py::dict optimizers;
+    for (Optimizer* optimizer : Optimizer::all()) {
+        optimizers[optimizer->rule.name] = py::cast(optimizer, py::return_value_policy::reference);
+    }
+    m.attr("optimizers") = optimizers;
+    m.def("refuse_capture", torch::wrap_pybind_function(&refuse_capture));
+    m.def("zero_grad", torch::wrap_pybind_function(&zero_grad));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -168,14 +206,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("focal_loss", torch::wrap_pybind_function(&focal_loss));
     m.def("pointwise_loss", torch::wrap_pybind_function(&pointwise_loss));
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));
-    py::class_<Rounding>(m, "Rounding")
-        .def(py::init<bool, std::optional<std::uint64_t>>(), py::kw_only(),
-             py::arg("master_weights"), py::arg("seed"))
-        .def_readonly("master_weights", &Rounding::master_weights);
-    m.def("sgd_step", torch::wrap_pybind_function(&fusedstep::optim::step));
-    m.def("sgd_step_in_backward", torch::wrap_pybind_function(&fusedstep::optim::step_in_backward));
-    m.def("sgd_refuse_capture", torch::wrap_pybind_function(&fusedstep::optim::refuse_capture));
-    m.def("sgd_zero_grad", torch::wrap_pybind_function(&fusedstep::optim::zero_grad));
+    define_optimizers(m);
     m.def("call_counts", &call_counts);
     m.def("reset_call_counts", &fusedstep::CallCounter::reset_all);
     m.def("count_fallback", torch::wrap_pybind_function(&count_fallback));

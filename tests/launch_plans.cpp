@@ -37,9 +37,10 @@ void sgd_shape(std::int64_t chunks, const DeviceLimits* limits, Shape* out) {
 
 // The largest number of entries that travel in a launch's parameters beside so many groups.
 std::int64_t sgd_entries_in_parameters(std::int64_t groups) {
+    constexpr auto kRule = fusedstep::optim::rule_of<fusedstep::optim::Sgd>();
     fusedstep::optim::Step step{};
     step.group_count = groups;
-    while (fusedstep::optim::table_fits(step)) ++step.entry_count;
+    while (fusedstep::optim::table_fits(kRule, step)) ++step.entry_count;
     return step.entry_count - 1;
 }
 

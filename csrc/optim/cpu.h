@@ -144,32 +144,31 @@ FUSEDSTEP_VEC void update_elements(const Step& step, const typename Rule::Hyperp
         if (arrays.unscale) unscale_span(arrays.grad, n, step.grad_scale);
         if constexpr (Policy::by_chance) arrays.key = storage->key;
     }
-    Rule::with_variant(Rule::variant_of(h, entry.first_step), [&](auto variant) {
-        update_span<Rule, variant(), Policy>(h, arrays, n);
-    });
+    Rule::with_variant(Rule::variant_of(h, entry.first_step),
+                       [&](auto variant) { update_span<Rule, variant(), Policy>(h, arrays, n); });
 }
 
 template <class Rule>
 void update(const Step& step, std::int64_t first, std::int64_t last) {
     auto const* const groups = static_cast<const typename Rule::Hyperparameters*>(step.groups);
-    for_each_span(
-        step.entries, step.entry_count, first, last,
-        [&](const Entry& entry, std::int64_t begin, std::int64_t end) {
-            const EntryStorage* const storage =
-                step.storages ? step.storages + (&entry - step.entries) : nullptr;
-            // A gradient that is unscaled is read again while it is in the cache.
-            std::int64_t const block = step.grad_scale == 1 ? end - begin : kChunk;
-            dispatch(entry.dtype, [&](auto tag) {
-                using T = typename decltype(tag)::type;
-                with_policy<T>(storage ? storage->storage : Storage::ordinary, [&](auto policy) {
-                    for (std::int64_t i = begin; i < end; i += block) {
-                        std::int64_t const n = block < end - i ? block : end - i;
-                        update_elements<Rule, decltype(policy)>(step, groups[entry.group], entry,
-                                                                storage, i, n);
-                    }
-                });
-            });
-        });
+    for_each_span(step.entries, step.entry_count, first, last,
+                  [&](const Entry& entry, std::int64_t begin, std::int64_t end) {
+                      const EntryStorage* const storage =
+                          step.storages ? step.storages + (&entry - step.entries) : nullptr;
+                      // A gradient that is unscaled is read again while it is in the cache.
+                      std::int64_t const block = step.grad_scale == 1 ? end - begin : kChunk;
+                      dispatch(entry.dtype, [&](auto tag) {
+                          using T = typename decltype(tag)::type;
+                          with_policy<T>(
+                              storage ? storage->storage : Storage::ordinary, [&](auto policy) {
+                                  for (std::int64_t i = begin; i < end; i += block) {
+                                      std::int64_t const n = block < end - i ? block : end - i;
+                                      update_elements<Rule, decltype(policy)>(
+                                          step, groups[entry.group], entry, storage, i, n);
+                                  }
+                              });
+                      });
+                  });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The updates on CUDA: one pass over memory that reads and writes each element once. A block takes a
-// range of chunks, and each of its threads every kUpdateThreads-th access. Threads share nothing:
+// The updates on CUDA: one pass over memory that reads and writes each element once. A block takes
+// a range of chunks, and each of its threads every kUpdateThreads-th access. Threads share nothing:
 // results do not depend on the shape of the launch. A rule is compiled by rules/<name>.cu.
 #pragma once
 
@@ -75,8 +75,8 @@ struct Packed {
     }
 };
 
-// Updates the elements [begin, end) of a span, kLanes of each array by one access; for more than one
-// all arrays must be aligned to 16 bytes. A thread has loaded kInFlight accesses of each array
+// Updates the elements [begin, end) of a span, kLanes of each array by one access; for more than
+// one all arrays must be aligned to 16 bytes. A thread has loaded kInFlight accesses of each array
 // before it uses the first.
 template <int kLanes, int kInFlight, bool unscale, class Rule, class Policy>
 __device__ __forceinline__ void update_elements(
@@ -120,7 +120,8 @@ __device__ __forceinline__ void update_elements(
             }
 #pragma unroll
             for (int s = 0; s < kStates<Rule>; ++s) {
-                if (Rule::reads(u.variant) >> s & 1) states[s][k] = OfState::at(span.states[s], i + k * kStride);
+                if (Rule::reads(u.variant) >> s & 1)
+                    states[s][k] = OfState::at(span.states[s], i + k * kStride);
             }
         }
 #pragma unroll
@@ -144,10 +145,8 @@ __device__ __forceinline__ void update_elements(
 #pragma unroll
                     for (int s = 0; s < kStates<Rule>; ++s) e.states[s] = to_acc(b[s].lane[lane]);
                     Operations const ops{
-                        span.key,
-                        static_cast<std::uint64_t>(span.offset + i + k * kStride) + lane};
-                    advance<Rule, variant(), Policy>(e, u.coefficients, unscale,
-                                                             u.grad_scale, ops);
+                        span.key, static_cast<std::uint64_t>(span.offset + i + k * kStride) + lane};
+                    advance<Rule, variant(), Policy>(e, u.coefficients, unscale, u.grad_scale, ops);
                     p.lane[lane] = from_acc<T>(e.param);
                     if constexpr (Policy::has_master) {
                         g.lane[lane] = from_acc<T>(e.grad);
@@ -168,11 +167,9 @@ __device__ __forceinline__ void update_elements(
             }
             if constexpr (Policy::has_master) {
                 if (unscale) {
-                    OfParam::at(span.grad, i + k * kStride) =
-                        bit_cast<typename OfParam::Access>(g);
+                    OfParam::at(span.grad, i + k * kStride) = bit_cast<typename OfParam::Access>(g);
                 }
-                OfMaster::at(span.master, i + k * kStride) =
-                    bit_cast<typename OfMaster::Access>(m);
+                OfMaster::at(span.master, i + k * kStride) = bit_cast<typename OfMaster::Access>(m);
             }
             OfParam::at(span.param, i + k * kStride) = bit_cast<typename OfParam::Access>(p);
         }
@@ -183,9 +180,9 @@ template <int kVectorsInFlight, bool unscale, class Rule, class Policy>
 __device__ __forceinline__ void update_span(const Update<Rule, acc_t<typename Policy::State>>& u,
                                             const Span<Rule, Policy>& span) {
     // Of the widest array 16 bytes at a time.
-    constexpr int kLanes = kVectorLanes<std::conditional_t<
-        (sizeof(typename Policy::State) > sizeof(typename Policy::Param)), typename Policy::State,
-        typename Policy::Param>>;
+    constexpr int kLanes = kVectorLanes<
+        std::conditional_t<(sizeof(typename Policy::State) > sizeof(typename Policy::Param)),
+                           typename Policy::State, typename Policy::Param>>;
     bool aligned = is_vector_aligned(span.param) && is_vector_aligned(span.grad);
     if constexpr (Policy::has_master) aligned = aligned && is_vector_aligned(span.master);
 #pragma unroll
@@ -210,8 +207,7 @@ template <class Rule, class A>
 __device__ __forceinline__ Update<Rule, A> read_update(const UpdateHeader& step,
                                                        const typename Rule::Hyperparameters& h,
                                                        bool first_step) {
-    double const lr =
-        h.lr.on_device ? load_scalar(h.lr.on_device, h.lr.dtype, 0) : h.lr.value;
+    double const lr = h.lr.on_device ? load_scalar(h.lr.on_device, h.lr.dtype, 0) : h.lr.value;
     double const grad_scale = step.device_grad_scale ? *step.device_grad_scale : step.grad_scale;
     return {Rule::template coefficients<A>(h, lr, [](A x) { return x; }),
             static_cast<A>(grad_scale), Rule::variant_of(h, first_step)};
@@ -277,8 +273,8 @@ inline constexpr int kVectorsInFlight =
 template <class Rule, bool kOrdinary>
 __device__ __forceinline__ void update_block(const UpdateHeader& step, const unsigned char* table) {
     using Group = typename Rule::Hyperparameters;
-    using Listed = std::conditional_t<kOrdinary, ListedEntry<kStates<Rule>>,
-                                      StoredEntry<kStates<Rule>>>;
+    using Listed =
+        std::conditional_t<kOrdinary, ListedEntry<kStates<Rule>>, StoredEntry<kStates<Rule>>>;
     auto const* const groups = reinterpret_cast<const Group*>(table);
     auto const* const entries = reinterpret_cast<const Listed*>(groups + step.group_count);
     auto const first_of = [&step](unsigned block) {
@@ -296,8 +292,7 @@ __device__ __forceinline__ void update_block(const UpdateHeader& step, const uns
                             step, h, entry, nullptr, begin, end);
                     } else {
                         with_policy<T>(
-                            entry.storage.storage,
-                            [&](auto policy) __attribute__((always_inline)) {
+                            entry.storage.storage, [&](auto policy) __attribute__((always_inline)) {
                                 update_entry<Rule, decltype(policy), kVectorsInFlight<false>>(
                                     step, h, entry, &entry.storage, begin, end);
                             });
@@ -345,7 +340,7 @@ cudaError_t launch_with_parameters(const Step& step, const UpdateHeader& header,
 // See CudaUpdate.
 template <class Rule>
 cudaError_t cuda_update(const Step& step, const void* device_table, const DeviceLimits& limits,
-                           cudaStream_t stream) {
+                        cudaStream_t stream) {
     std::int64_t const chunks =
         step.entry_count == 0 ? 0 : step.entries[step.entry_count - 1].extent.end_chunk();
     if (chunks == 0) return cudaSuccess;

@@ -1,5 +1,6 @@
-// The contract between the torch side of the optimizers and their kernels: plain pointers and sizes,
-// nothing else. What one optimizer computes is its rule (rules/<name>.h); rules.h lists them.
+// The contract between the torch side of the optimizers and their kernels: plain pointers and
+// sizes, nothing else. What one optimizer computes is its rule (rules/<name>.h); rules.h lists
+// them.
 #pragma once
 
 #include <cstddef>
@@ -52,8 +53,8 @@ enum class Storage : std::uint8_t {
     stochastic_rounding,  // of a bfloat16 parameter: rounded up or down by chance
 };
 
-// One parameter. Its gradient and its states have its dtype (see EntryStorage for the exception) and
-// its layout in memory, so that element i of one belongs to element i of the others. No array
+// One parameter. Its gradient and its states have its dtype (see EntryStorage for the exception)
+// and its layout in memory, so that element i of one belongs to element i of the others. No array
 // overlaps another, of this entry or of one that is updated at the same time: chunks are taken in
 // any order.
 struct Entry {
@@ -68,8 +69,8 @@ struct Entry {
 
 // How a parameter is kept.
 struct EntryStorage {
-    // With master weights, laid out as the parameter is; the states are float32 then too. An element
-    // that is not the rounded master weight has been changed since: it is the weight.
+    // With master weights, laid out as the parameter is; the states are float32 then too. An
+    // element that is not the rounded master weight has been changed since: it is the weight.
     float* master_param;
     std::uint64_t key;  // of stochastic rounding; see random_bits()
     Storage storage;

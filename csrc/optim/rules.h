@@ -29,15 +29,14 @@ template <class R>
 constexpr Rule rule_of() {
     using Group = typename R::Hyperparameters;
     static_assert(offsetof(Group, lr) == 0 && kStates<R> <= static_cast<int>(kMaxStates));
-    return {R::name,
-            R::numbers,
-            R::flags,
-            R::states,
-            sizeof(Group),
-            [](const void* group) { return R::states_of(*static_cast<const Group*>(group)); },
-            [](const void* group) {
-                return R::first_step_differs(*static_cast<const Group*>(group));
-            }};
+    return {
+        R::name,
+        R::numbers,
+        R::flags,
+        R::states,
+        sizeof(Group),
+        [](const void* group) { return R::states_of(*static_cast<const Group*>(group)); },
+        [](const void* group) { return R::first_step_differs(*static_cast<const Group*>(group)); }};
 }
 
 #define FUSEDSTEP_RULE_OF(R) rule_of<R>(),

@@ -99,9 +99,9 @@ struct Element {
     V master;
 };
 
-// Updates an element. `unscale` is asked only of policies with a master weight: their update sees the
-// gradient divided in float32, and what stays behind is rounded. Other gradients are unscaled and
-// rounded before they come here. Of `ops`,
+// Updates an element. `unscale` is asked only of policies with a master weight: their update sees
+// the gradient divided in float32, and what stays behind is rounded. Other gradients are unscaled
+// and rounded before they come here. Of `ops`,
 //   mul_add(a, b, c)            is a b + c,
 //   rounded<T>(v)               is v as it will be read after it has been stored as a T,
 //   where_same(a, b, yes, no)   is `yes` where the bits of a and b are the same and `no` elsewhere,

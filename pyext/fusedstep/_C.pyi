@@ -4,7 +4,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-_StepByTorch = Callable[[torch.optim.SGD, list[tuple[dict[str, Any], list[Tensor]]], float], None]
+_StepByTorch = Callable[
+    [torch.optim.Optimizer, list[tuple[dict[str, Any], list[Tensor]]], float], None
+]
 
 # The losses return None where torch's own function has to run: for arguments of any type.
 
@@ -52,24 +54,40 @@ def reset_call_counts() -> None: ...
 def count_fallback(op: str, device: torch.device, reason: str, /) -> None: ...
 def cpu_capability() -> str: ...
 
-class Rounding:
+class Extensions:
     master_weights: Final[bool]
-    def __init__(self, *, master_weights: bool, seed: int | None) -> None: ...
+    def __init__(
+        self,
+        *,
+        master_weights: bool = False,
+        seed: int | None = None,
+        require_finite: bool = False,
+    ) -> None: ...
 
-def sgd_step(
-    optimizer: torch.optim.SGD,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    rounding: Rounding,
-    step_by_torch: _StepByTorch,
-    /,
-) -> None: ...
-def sgd_step_in_backward(
-    optimizer: torch.optim.SGD,
-    param: Tensor,
-    rounding: Rounding,
-    step_by_torch: _StepByTorch,
-    /,
-) -> None: ...
-def sgd_refuse_capture(device: torch.device, name: str, /) -> None: ...
-def sgd_zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...
+class Optimizer:
+    name: Final[str]
+    numbers: Final[dict[str, str]]
+    states: Final[tuple[str, ...]]
+    def states_of(self, group: dict[str, Any], /) -> list[str]: ...
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        extensions: Extensions,
+        step_by_torch: _StepByTorch,
+        /,
+    ) -> None: ...
+    def step_in_backward(
+        self,
+        optimizer: torch.optim.Optimizer,
+        param: Tensor,
+        extensions: Extensions,
+        step_by_torch: _StepByTorch,
+        /,
+    ) -> None: ...
+
+optimizers: Final[dict[str, Optimizer]]
+
+def refuse_capture(device: torch.device, name: str, /) -> None: ...
+def zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...

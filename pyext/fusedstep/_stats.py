@@ -12,7 +12,9 @@ from fusedstep import _C, _patch, functional
 
 __all__ = ["Calls", "Stats", "reset_stats", "stats"]
 
-_OPERATORS = {*functional.__all__, "SGD"} - {"check_targets"}  # those that count their calls
+_OPERATORS = {*functional.__all__, *_C.optimizers} - {
+    "check_targets"
+}  # those that count their calls
 
 
 @dataclass(frozen=True)

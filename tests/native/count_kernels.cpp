@@ -6,7 +6,7 @@
 
 #include "cross_entropy/cross_entropy.h"
 #include "pointwise_loss/pointwise_loss.h"
-#include "optim/optim.h"
+#include "optim/rules.h"
 
 extern "C" void start_counting();
 extern "C" void stop_counting(const char* name);
@@ -130,8 +130,8 @@ void sgd(const char* dtype_name, DType dtype) {
     std::vector<T> param = numbers<T>(kNumel), grad = numbers<T>(kNumel),
                    buffer = numbers<T>(kNumel);
     for (const char* rule : {"plain", "momentum", "nesterov and weight decay"}) {
-        Hyperparameters h{};
-        h.lr = 1e-3;
+        Sgd::Hyperparameters h{};
+        h.lr.value = 1e-3;
         h.momentum = rule[0] == 'p' ? 0 : 0.9;
         h.nesterov = rule[0] == 'n';
         h.weight_decay = rule[0] == 'n' ? 1e-4 : 0;
@@ -139,7 +139,7 @@ void sgd(const char* dtype_name, DType dtype) {
         entry.extent = {0, kNumel};
         entry.param = param.data();
         entry.grad = grad.data();
-        entry.momentum_buffer = h.momentum == 0 ? nullptr : buffer.data();
+        entry.states[0] = h.momentum == 0 ? nullptr : buffer.data();
         entry.dtype = dtype;
         Step step{};
         step.groups = &h;
@@ -148,7 +148,7 @@ void sgd(const char* dtype_name, DType dtype) {
         step.entry_count = 1;
         step.grad_scale = 1;
         count(std::string("sgd ") + dtype_name + " " + rule, kNumel,
-              [&] { cpu_kernels().update(step, 0, entry.extent.end_chunk()); });
+              [&] { cpu_kernels().update[0](step, 0, entry.extent.end_chunk()); });
     }
 }
 

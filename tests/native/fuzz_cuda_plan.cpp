@@ -92,16 +92,18 @@ void check_others(Choices& choices) {
     std::int64_t const share = (chunks + update.blocks - 1) / update.blocks;
     expect(update.blocks >= 1 && update.blocks <= chunks && update.blocks <= INT32_MAX &&
                share * fusedstep::kChunk <= std::int64_t{1} << 30,
-           "sgd", update, chunks, 1, limits);
+           "update", update, chunks, 1, limits);
 
     fusedstep::optim::Step step{};
     step.group_count = choices.between(0, 200);
     step.entry_count = choices.between(0, 2000);
-    auto const table =
-        static_cast<std::size_t>(step.group_count) * sizeof(fusedstep::optim::Hyperparameters) +
-        static_cast<std::size_t>(step.entry_count) * sizeof(fusedstep::optim::Entry);
-    bool const fits = table + sizeof(fusedstep::optim::UpdateHeader) <= 32760;
-    if (fusedstep::optim::table_fits(step) != fits) fail("table_fits");
+    for (const fusedstep::optim::Rule& rule : fusedstep::optim::kRules) {
+        std::size_t const entry = 40 + 8 * rule.states.size();
+        auto const table = static_cast<std::size_t>(step.group_count) * rule.group_bytes +
+                           static_cast<std::size_t>(step.entry_count) * entry;
+        bool const fits = table + sizeof(fusedstep::optim::UpdateHeader) <= 32760;
+        if (fusedstep::optim::table_fits(rule, step) != fits) fail("table_fits");
+    }
 }
 
 struct Tensor {

@@ -1,6 +1,6 @@
-// The kernels of sgd/ on any list of tensors, against the formula of its math.h.
+// The kernels of SGD on any list of tensors, against the formula of optim/rules/sgd.h.
 #include "harness.h"
-#include "optim/optim.h"
+#include "optim/rules.h"
 
 namespace native {
 namespace {
@@ -8,10 +8,10 @@ namespace {
 using fusedstep::kChunk;
 using fusedstep::optim::CpuKernels;
 using fusedstep::optim::Entry;
-using fusedstep::optim::EntryPrecision;
-using fusedstep::optim::Hyperparameters;
-using fusedstep::optim::Precision;
+using fusedstep::optim::EntryStorage;
 using fusedstep::optim::Step;
+using fusedstep::optim::Storage;
+using Hyperparameters = fusedstep::optim::Sgd::Hyperparameters;
 
 struct Tensors {
     std::unique_ptr<Array> param, grad, buffer, master;
@@ -38,14 +38,14 @@ struct Case {
     Choices& choices;
     std::vector<Hyperparameters> groups;
     std::vector<Entry> entries;
-    std::vector<EntryPrecision> precisions;
+    std::vector<EntryStorage> storages;
     std::vector<Tensors> tensors;
     Step step{};
     const char* level = "";
 
 private:
     void draw_master(Tensors& t, DType dtype);
-    Precision precision_of(std::size_t entry) const { return precisions[entry].precision; }
+    Storage storage_of(std::size_t entry) const { return storages[entry].storage; }
     void update(const CpuKernels& kernels);
     void check_element(std::size_t entry, std::int64_t i) const;
     [[noreturn]] void wrong(const char* what, std::size_t entry, std::int64_t i, Real got,
@@ -55,7 +55,7 @@ private:
 Case::Case(Choices& choices_) : choices(choices_) {
     for (std::int64_t i = choices.between(1, 3); i > 0; --i) {
         Hyperparameters h{};
-        h.lr = choices.one_of({0.1, 1e-3, 0.0, 3.0, 1e30, 1e-40});
+        h.lr.value = choices.one_of({0.1, 1e-3, 0.0, 3.0, 1e30, 1e-40});
         h.momentum = choices.one_of({0.9, 0.0, 1.0, 1e-30, 5.0});
         h.dampening = choices.one_of({0.0, 0.1, 1.0, -1.0});
         h.weight_decay = choices.one_of({0.0, 1e-4, 0.5, 1e-42, 1e30});
@@ -75,14 +75,14 @@ Case::Case(Choices& choices_) : choices(choices_) {
         entry.dtype = any_dtype(choices);
         entry.first_step = choices.one_in(3);
         chunk = entry.extent.end_chunk();
-        EntryPrecision precision{};
+        EntryStorage storage{};
         if (fusedstep::item_size(entry.dtype) == 2 && choices.one_in(2)) {
-            precision.precision = entry.dtype == DType::bfloat16 && choices.one_in(2)
-                                      ? Precision::stochastic_rounding
-                                      : Precision::master_weights;
-            precision.key = choices.random();
+            storage.storage = entry.dtype == DType::bfloat16 && choices.one_in(2)
+                                  ? Storage::stochastic_rounding
+                                  : Storage::master_weights;
+            storage.key = choices.random();
         }
-        bool const has_master = precision.precision == Precision::master_weights;
+        bool const has_master = storage.storage == Storage::master_weights;
         auto const make = [&](DType dtype) {
             auto array = std::make_unique<Array>(choices, dtype, numel);
             Values values(choices);
@@ -96,11 +96,11 @@ Case::Case(Choices& choices_) : choices(choices_) {
         entry.grad = t.grad->data();
         if (groups[static_cast<std::size_t>(entry.group)].momentum != 0) {
             t.buffer = make(has_master ? DType::float32 : entry.dtype);
-            entry.momentum_buffer = t.buffer->data();
+            entry.states[0] = t.buffer->data();
         }
         if (has_master) {
             t.master = make(DType::float32);
-            precision.master_param = static_cast<float*>(t.master->data());
+            storage.master_param = static_cast<float*>(t.master->data());
             draw_master(t, entry.dtype);
         }
         for (std::int64_t i = 0; i < numel; ++i) {
@@ -109,13 +109,13 @@ Case::Case(Choices& choices_) : choices(choices_) {
             t.b.push_back(t.buffer ? (*t.buffer)[i] : 0);
         }
         entries.push_back(entry);
-        precisions.push_back(precision);
+        storages.push_back(storage);
         tensors.push_back(std::move(t));
     }
     bool const all_ordinary =
-        std::all_of(precisions.begin(), precisions.end(),
-                    [](const EntryPrecision& p) { return p.precision == Precision::ordinary; });
-    step.precisions = all_ordinary && choices.one_in(2) ? nullptr : precisions.data();
+        std::all_of(storages.begin(), storages.end(),
+                    [](const EntryStorage& p) { return p.storage == Storage::ordinary; });
+    step.storages = all_ordinary && choices.one_in(2) ? nullptr : storages.data();
     step.groups = groups.data();
     step.group_count = static_cast<std::int64_t>(groups.size());
     step.entries = entries.data();
@@ -144,9 +144,9 @@ void Case::wrong(const char* what, std::size_t entry, std::int64_t i, Real got,
     auto const at = static_cast<std::size_t>(i);
     fail(text(what, " at ", level, ", entry ", entry, " element ", i, " of ",
               entries[entry].extent.numel, ": ", got, " instead of ", e.value, " (magnitude ",
-              e.magnitude, ")\n  dtype ", int(entries[entry].dtype), ", precision ",
-              int(precision_of(entry)), ", param ", t.p[at], ", grad ", t.g[at], ", buffer ",
-              t.b[at], ", first step ", entries[entry].first_step, "\n  lr ", h.lr, ", momentum ",
+              e.magnitude, ")\n  dtype ", int(entries[entry].dtype), ", storage ",
+              int(storage_of(entry)), ", param ", t.p[at], ", grad ", t.g[at], ", buffer ", t.b[at],
+              ", first step ", entries[entry].first_step, "\n  lr ", h.lr.value, ", momentum ",
               h.momentum, ", dampening ", h.dampening, ", weight decay ", h.weight_decay,
               ", nesterov ", h.nesterov, ", maximize ", h.maximize, ", grad scale ",
               step.grad_scale));
@@ -157,7 +157,7 @@ void Case::check_element(std::size_t entry, std::int64_t i) const {
     const Tensors& t = tensors[entry];
     DType const dtype = entries[entry].dtype, computed = accumulate(dtype);
     auto const at = static_cast<std::size_t>(i);
-    Real const lr = rounded(computed, -h.lr), momentum = rounded(computed, h.momentum),
+    Real const lr = rounded(computed, -h.lr.value), momentum = rounded(computed, h.momentum),
                decay = rounded(computed, h.weight_decay),
                undampened = rounded(computed, 1.0 - h.dampening);
 
@@ -206,10 +206,10 @@ void Case::check_element(std::size_t entry, std::int64_t i) const {
         }
         return;
     }
-    bool const by_chance = precision_of(entry) == Precision::stochastic_rounding;
+    bool const by_chance = storage_of(entry) == Storage::stochastic_rounding;
     Storing const storing = by_chance ? Storing::either_neighbour : Storing::nearest;
     if (!is_close(got, e, computed, dtype, storing)) wrong("parameter", entry, i, got, e);
-    bool const stays = h.lr == 0 && e.magnitude < 1e37L && e.largest < 1e37L;
+    bool const stays = h.lr.value == 0 && e.magnitude < 1e37L && e.largest < 1e37L;
     if (stays && got != p) wrong("parameter that stays", entry, i, got, {p, 0});
 }
 
@@ -217,7 +217,7 @@ void Case::update(const CpuKernels& kernels) {
     std::int64_t const chunks = entries.back().extent.end_chunk();
     in_chunks(choices, chunks, choices.between(1, std::max<std::int64_t>(chunks, 1)),
               [&](std::int64_t, std::int64_t first, std::int64_t last) {
-                  kernels.update(step, first, last);
+                  kernels.update[0](step, first, last);
               });
 }
 

@@ -70,7 +70,9 @@ struct Sgd {
     static FUSEDSTEP_HD constexpr unsigned reads(Variant v) {
         return v.momentum == Momentum::running;
     }
-    static FUSEDSTEP_HD constexpr unsigned writes(Variant v) { return v.momentum != Momentum::none; }
+    static FUSEDSTEP_HD constexpr unsigned writes(Variant v) {
+        return v.momentum != Momentum::none;
+    }
 
     // Calls f with an integral_constant: a variant that is known when the kernel is compiled.
     template <class F>

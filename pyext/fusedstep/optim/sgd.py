@@ -1,207 +1,18 @@
-"""Optimizers: subclasses of torch's own whose step is one call into the compiled core."""
+"""Stochastic gradient descent."""
 
 from __future__ import annotations
 
-import functools
-import math
-import weakref
-from collections.abc import Callable
-from numbers import Integral
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
-from torch._C._autograd import _profiler_enabled
-from torch._C._dynamo.eval_frame import (
-    _FrameAction,
-    _FrameExecStrategy,
-    set_code_exec_strategy,
-)
-from torch.optim.optimizer import (
-    Optimizer,
-    ParamsT,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
-from torch.optim.sgd import sgd
-from torch.utils.hooks import RemovableHandle
+from torch.optim.optimizer import ParamsT
 
 from fusedstep import _C
+from fusedstep.optim._fused import Fused, fused_step, zero_grad
 
 __all__ = ["SGD"]
 
-_Step = TypeVar("_Step", bound=Callable[..., Any])
 
-_HALVES = (torch.bfloat16, torch.float16)
-_TO_NEAREST = _C.Rounding(master_weights=False, seed=None)
-_HYPERPARAMETERS = {
-    "lr": "learning rate",
-    "momentum": "momentum value",
-    "dampening": "dampening value",
-    "weight_decay": "weight_decay value",
-}
-
-
-def _outside_graphs(function: _Step) -> _Step:
-    """Let torch.compile run a function, and all that it calls, as it is.
-
-    What :func:`torch.compiler.disable` does, at no cost for each call.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    outside = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
-    set_code_exec_strategy(function.__code__, outside)
-    return function
-
-
-def _profile_hook_step(step: _Step) -> _Step:
-    """Do what :meth:`Optimizer.profile_hook_step` does, at no cost if nobody watches the step.
-
-    That is, if there are no hooks, no profiler and no arguments, only the update runs.
-    """
-    profiled = Optimizer.profile_hook_step(step)
-
-    @_outside_graphs
-    @functools.wraps(step)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        self = args[0]
-        if (
-            self._optimizer_step_pre_hooks
-            or self._optimizer_step_post_hooks
-            or _global_optimizer_pre_hooks
-            or _global_optimizer_post_hooks
-            or _profiler_enabled()
-        ):
-            # The step of a subclass that calls this one has been wrapped by torch.
-            owner = next(cls for cls in type(self).__mro__ if "step" in vars(cls))
-            return (profiled if owner in (SGD, torch.optim.SGD) else step)(*args, **kwargs)
-        if (
-            len(args) > 1
-            or kwargs
-            or "grad_scale" in self.__dict__
-            or "found_inf" in self.__dict__
-            or self.defaults["differentiable"]
-        ):
-            return step(*args, **kwargs)
-        rounding = self.__dict__.get("_rounding", _TO_NEAREST)
-        _C.sgd_step(self, None, None, rounding, _step_by_torch)
-        return None
-
-    wrapper.hooked = True  # type: ignore[attr-defined]  # tells Optimizer not to wrap it again
-    return wrapper  # type: ignore[return-value]
-
-
-def _require_finite(group: dict[str, Any]) -> None:
-    for key, name in _HYPERPARAMETERS.items():
-        value = group[key]
-        if not math.isfinite(value.item() if isinstance(value, Tensor) else value):
-            raise ValueError(f"Invalid {name}: {value}")
-
-
-def _rounding_of(optimizer: torch.optim.SGD) -> _C.Rounding:
-    rounding: _C.Rounding = vars(optimizer).get("_rounding", _TO_NEAREST)
-    return rounding
-
-
-def _master_of(param: Tensor, optimizer: torch.optim.SGD) -> Tensor:
-    """The float32 weights behind a 16-bit parameter; the parameter itself where it has none."""
-    if not _rounding_of(optimizer).master_weights or param.dtype not in _HALVES:
-        return param
-    with torch.no_grad():
-        master: Tensor | None = optimizer.state[param].get("master_param")
-        if master is None or master.dtype != torch.float32:
-            _C.sgd_refuse_capture(param.device, "master_param")
-            master = (param if master is None else master).to(torch.float32)
-        changed = master.to(param.dtype) != param
-        # In place, where the capture of a CUDA graph finds it again.
-        return master.copy_(torch.where(changed, param, master))
-
-
-def _unscaled_grad(param: Tensor, grad_scale: float, master: Tensor) -> Tensor:
-    """The gradient divided by the scale, in the master weight's dtype if there is a master weight.
-
-    ``param.grad`` gets the same, rounded to its own dtype. Without a master weight ``master`` is
-    ``param``.
-    """
-    grad = param.grad
-    assert grad is not None
-    with torch.no_grad():
-        wide = grad if master is param else grad.to(master.dtype)
-        if grad_scale != 1.0:
-            wide.div_(grad_scale)
-            if wide is not grad:
-                grad.copy_(wide)
-    return wide
-
-
-def _step_by_torch(
-    optimizer: torch.optim.SGD,
-    left: list[tuple[dict[str, Any], list[Tensor]]],
-    grad_scale: float = 1.0,
-) -> None:
-    """Update, group by group, those parameters that the kernels do not cover."""
-    for group, params in left:
-        masters = [_master_of(p, optimizer) for p in params]
-        grads = [_unscaled_grad(p, grad_scale, m) for p, m in zip(params, masters, strict=True)]
-        has_momentum = group["momentum"] != 0
-        buffers: list[Tensor | None] = [None] * len(params)
-        if has_momentum:
-            found = [optimizer.state[p].get("momentum_buffer") for p in params]
-            buffers = [
-                b if b is None or m is p else b.to(m.dtype)
-                for p, m, b in zip(params, masters, found, strict=True)
-            ]
-            for param, before, buffer in zip(params, found, buffers, strict=True):
-                if buffer is None or buffer is not before:
-                    _C.sgd_refuse_capture(param.device, "momentum_buffer")
-        with torch.set_grad_enabled(optimizer.defaults["differentiable"]):
-            sgd(
-                masters,
-                grads,
-                buffers,
-                has_sparse_grad=any(grad.is_sparse for grad in grads),
-                foreach=group["foreach"],
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-            )
-        if has_momentum:
-            for param, buffer in zip(params, buffers, strict=True):
-                optimizer.state[param]["momentum_buffer"] = buffer
-        for param, master in zip(params, masters, strict=True):
-            if master is not param:
-                optimizer.state[param]["master_param"] = master
-                with torch.no_grad():
-                    param.copy_(master)
-
-
-class _StepInBackward:
-    """Hook that updates a parameter as soon as its gradient is complete, and drops the gradient.
-
-    It refers to its optimizer weakly: the garbage collector does not see what a parameter's hooks
-    hold, so that a cycle through them would never be freed.
-    """
-
-    def __init__(self, optimizer: SGD) -> None:
-        self.optimizer = weakref.ref(optimizer)
-
-    def __call__(self, param: Tensor) -> None:
-        optimizer = self.optimizer()
-        if optimizer is not None and param.grad is not None:
-            rounding = _rounding_of(optimizer)
-            _C.sgd_step_in_backward(optimizer, param, rounding, _step_by_torch)
-
-
-def _optimizer_in_backward(param: Tensor) -> SGD | None:
-    """The optimizer with ``in_backward`` that updates this parameter, if there is one."""
-    hooks = param._post_accumulate_grad_hooks or {}
-    owners = (hook.optimizer() for hook in hooks.values() if isinstance(hook, _StepInBackward))
-    return next((owner for owner in owners if owner is not None), None)
-
-
-class SGD(torch.optim.SGD):
+class SGD(Fused, torch.optim.SGD):
     r"""Drop-in for :class:`torch.optim.SGD`: stochastic gradient descent, optionally with momentum.
 
     For a parameter :math:`p` with gradient :math:`g` and momentum buffer :math:`b`, a step is
@@ -298,10 +109,8 @@ class SGD(torch.optim.SGD):
             update their own copies of the parameters.
     """
 
-    master_weights: bool = False
-    stochastic_rounding: bool = False
-    seed: int = 0
-    in_backward: bool = False
+    __module__ = "fusedstep.optim"
+    _rule = _C.optimizers["SGD"]
 
     def __init__(
         self,
@@ -321,21 +130,7 @@ class SGD(torch.optim.SGD):
         seed: int = 0,
         in_backward: bool = False,
     ) -> None:
-        if master_weights and stochastic_rounding:
-            raise ValueError(
-                "master_weights and stochastic_rounding exclude each other: "
-                "master weights keep what rounding drops"
-            )
-        if differentiable and (master_weights or stochastic_rounding):
-            raise ValueError(
-                "master_weights and stochastic_rounding cannot be differentiated: "
-                "they do not go with differentiable=True"
-            )
-        if differentiable and in_backward:
-            raise ValueError("in_backward does not go with differentiable=True")
-        if not (isinstance(seed, Integral) and 0 <= seed < 2**64):
-            raise ValueError(f"Invalid seed: {seed}, not an integer in [0, 2^64)")
-        self._extend(master_weights, stochastic_rounding, seed)
+        self._extend(master_weights, stochastic_rounding, seed, in_backward, differentiable)
         super().__init__(
             params,
             lr,
@@ -348,145 +143,7 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        if in_backward:
-            self._begin_in_backward()
+        self._begin(in_backward)
 
-    def _extend(self, master_weights: bool, stochastic_rounding: bool, seed: int) -> None:
-        """Set what torch's SGD does not have. It is no part of ``defaults`` or of a checkpoint."""
-        self.master_weights = master_weights
-        self.stochastic_rounding = stochastic_rounding
-        self.seed = seed
-        self._hooks: list[RemovableHandle] = []
-        self._rounding = _C.Rounding(
-            master_weights=master_weights, seed=seed if stochastic_rounding else None
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        ours = (self.master_weights, self.stochastic_rounding, self.seed, self.in_backward)
-        return {**super().__getstate__(), "_extensions": ours}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        in_backward = self.in_backward
-        if extensions := state.pop("_extensions", None):
-            *others, in_backward = extensions
-            self._extend(*others)
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if in_backward:
-            self._begin_in_backward()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` of this class or of torch's returned.
-
-        Torch casts floating-point state to the dtype of its parameter. With ``master_weights`` the
-        float32 weights and momentum of 16-bit parameters stay as they were saved.
-        """
-        if not self.master_weights:
-            super().load_state_dict(state_dict)
-            return
-        loaded: dict[str, Any] = {}
-        capture = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
-        restore = self.register_load_state_dict_post_hook(
-            lambda _: self._restore_float32(loaded), prepend=True
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            capture.remove()
-            restore.remove()
-
-    def _restore_float32(self, loaded: dict[str, Any]) -> None:
-        ids = (param_id for group in loaded["param_groups"] for param_id in group["params"])
-        params = (param for group in self.param_groups for param in group["params"])
-        for param_id, param in zip(ids, params, strict=True):
-            if param.dtype not in _HALVES:
-                continue
-            for key in ("momentum_buffer", "master_param"):
-                value = loaded["state"].get(param_id, {}).get(key)
-                if isinstance(value, Tensor) and value.dtype == torch.float32:
-                    self.state[param][key] = value.to(param.device)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, as :meth:`torch.optim.Optimizer.add_param_group` does."""
-        if isinstance(param_group, dict):
-            _require_finite({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        if self.in_backward:
-            try:
-                self._register_hooks(self.param_groups[-1:])
-            except RuntimeError:
-                self.param_groups.pop()
-                raise
-
-    def _begin_in_backward(self) -> None:
-        self._register_hooks(self.param_groups)
-        self.in_backward = True
-        self._step_supports_amp_scaling = True  # GradScaler comes to step(), to be refused there
-
-    def _register_hooks(self, groups: list[dict[str, Any]]) -> None:
-        """Register the hook on each parameter of these that can have a gradient, once."""
-        owners = {p: _optimizer_in_backward(p) for group in groups for p in group["params"]}
-        if any(owner is not None and owner is not self for owner in owners.values()):
-            raise RuntimeError(
-                "a parameter is updated in backward by another optimizer; "
-                "that one's remove_backward_hooks() releases it"
-            )
-        for param, owner in owners.items():
-            if owner is None and param.is_leaf and param.requires_grad:
-                hook = param.register_post_accumulate_grad_hook(_StepInBackward(self))
-                self._hooks.append(hook)
-
-    def remove_backward_hooks(self) -> None:
-        """Leave all updates to :meth:`step`, and the parameters to other optimizers."""
-        self.in_backward = False
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    # The two methods below are also those of torch's SGD while it is patched, and of what kept them
-    # from then: they read nothing of an optimizer that torch's does not have.
-
-    @_profile_hook_step
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: Reevaluates the model and returns the loss; called with gradients enabled.
-
-        Returns:
-            What ``closure`` returned, or None.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        grad_scale: Tensor | None = self.__dict__.get("grad_scale")
-        if grad_scale is not None and isinstance(self, SGD) and self.in_backward:
-            raise RuntimeError(
-                "in_backward does not go with GradScaler: backward has updated the parameters "
-                "by gradients that were still scaled"
-            )
-        found_inf: Tensor | None = self.__dict__.get("found_inf")
-        if not self.defaults["differentiable"]:
-            _C.sgd_step(self, grad_scale, found_inf, _rounding_of(self), _step_by_torch)
-            return loss
-        for group in self.param_groups:
-            _require_finite(group)
-        left = [
-            (group, [p for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
-        ]
-        if found_inf is None or not found_inf:
-            _step_by_torch(self, left, 1.0 if grad_scale is None else float(grad_scale))
-            for _, params in left:
-                for param in params:
-                    _C.count_fallback("SGD", param.device, "differentiable=True")
-        return loss
-
-    @_outside_graphs
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Set every gradient to None, or to zero where ``set_to_none`` is False."""
-        if set_to_none and not _profiler_enabled():
-            _C.sgd_zero_grad(self.param_groups)
-        else:
-            Optimizer.zero_grad(self, set_to_none)
+    step = fused_step(torch.optim.SGD)
+    zero_grad = zero_grad
