@@ -131,11 +131,13 @@ def build_package() -> Path:
 
     package = OUT / "fusedstep"
     package.mkdir(parents=True, exist_ok=True)
-    for source in (ROOT / "pyext" / "fusedstep").glob("*.py"):
-        link = package / source.name
+    sources = ROOT / "pyext" / "fusedstep"
+    for source in sources.rglob("*.py"):
+        link = package / source.relative_to(sources)
+        link.parent.mkdir(parents=True, exist_ok=True)
         if source.name != "_build_info.py" and not link.exists():
             with suppress(FileExistsError):  # of another process that does the same
-                link.symlink_to(os.path.relpath(source, package))
+                link.symlink_to(os.path.relpath(source, link.parent))
     facts = {
         "torch_version": torch.__version__,
         "cuda": "emulated",
