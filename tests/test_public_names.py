@@ -72,9 +72,10 @@ def test_a_pickle_means_what_the_name_means() -> None:
 
 def public_functions() -> Iterator[Callable[..., Any]]:
     yield from (getattr(functional, name) for name in functional.__all__)
-    for name in fusedstep.nn.__all__:
-        members = vars(getattr(fusedstep.nn, name)).values()
-        yield from (member for member in members if inspect.isfunction(member))
+    for module in (fusedstep.nn, fusedstep.optim):
+        for name in module.__all__:
+            members = vars(getattr(module, name)).values()
+            yield from (member for member in members if inspect.isfunction(member))
 
 
 def test_annotations_are_types() -> None:
