@@ -1,7 +1,5 @@
 """What fusedstep's own optimizers add to torch's, as the kernels see it."""
 
-from __future__ import annotations
-
 from torch.optim import Optimizer
 
 from fusedstep import _C

@@ -1,7 +1,5 @@
 """What all optimizers share: the wrapper around a fused step, and what they add to torch's."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Updates of a parameter by a hook on it, as soon as its gradient is complete."""
 
-from __future__ import annotations
-
 import weakref
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """What the kernels do not cover is updated by torch's own ``step``, on a shadow optimizer."""
 
-from __future__ import annotations
-
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Stochastic gradient descent."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
