@@ -43,7 +43,8 @@ def public(module: str) -> Iterator[tuple[str, Any]]:
 
 def test_every_public_module_is_in_the_reference() -> None:
     folder = Path(fusedstep.__file__).parent
-    modules = {f"fusedstep.{file.stem}" for file in folder.glob("[!_]*.py")}
+    files = [*folder.glob("[!_]*.py"), *(f.parent for f in folder.glob("[!_]*/__init__.py"))]
+    modules = {f"fusedstep.{file.stem}" for file in files}
     assert modules - {"fusedstep.fakes"} == set(WHOLE_MODULES)  # registers, and has no names
 
 
