@@ -20,6 +20,7 @@ from torch.utils._device import DeviceContext
 from fusedstep import _C
 from fusedstep._exported import cross_entropy_with_lse_of_torch, focal_loss_of_torch
 from fusedstep._names import under_torchs_name
+from fusedstep._warnings import warning_at_the_users_line
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -48,6 +49,7 @@ _TORCH: dict[str, Callable[..., Tensor]] = {
 }
 
 _WITHOUT_WEIGHT = {"l1_loss", "mse_loss", "huber_loss"}  # whose weight is torch's to compute
+_BROADCASTING = {"l1_loss", "mse_loss", "smooth_l1_loss", "huber_loss"}  # with a warning
 
 _REDUCTIONS = ("none", "mean", "sum")  # each at its code
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -613,6 +615,8 @@ def _from_torch(
         return handled
     if is_compiling() or not tensors:
         return torchs(*operands, **options)
+    if name in _BROADCASTING and _shapes_differ(*operands):  # of which torch warns
+        torchs = warning_at_the_users_line(torchs)
     if patched and (overridden or handled_by_mode) and has_torch_function_variadic(*tensors):
         return torchs(*operands, **options)  # whose handler calls ours, by its name
     if any(type(t) not in _PLAIN for t in tensors):
@@ -623,6 +627,13 @@ def _from_torch(
         return torchs(*operands, **options)
     with torch._C.DisableTorchFunction():  # the mode of a default device would call ours again
         return torchs(*operands, **options)
+
+
+def _shapes_differ(input: Any, target: Any) -> bool:
+    try:
+        return bool(input.shape != target.shape)
+    except (AttributeError, RuntimeError):  # no tensor, or one of many shapes: torch's to refuse
+        return False
 
 
 def _count_fallback(name: str, input: Tensor, reason: str) -> None:
