@@ -212,5 +212,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def("count_fallback", torch::wrap_pybind_function(&count_fallback));
     m.def("cpu_capability", [] { return fusedstep::cpu_level_name(fusedstep::cpu_level()); });
     register_node_type(fusedstep::cross_entropy::backward_node_type(), "CrossEntropyBackward0");
+    register_node_type(fusedstep::cross_entropy::double_backward_node_type(),
+                       "CrossEntropyBackwardBackward0");
     register_node_type(fusedstep::pointwise_loss::backward_node_type(), "PointwiseLossBackward0");
 }

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CPP = {".h", ".cpp", ".cuh", ".cu"}
 SHARED = {"core", "torch_glue"}  # the folders of csrc that are not rooms
 SPEAKS_TORCH = re.compile(
-    r"module\.cpp|torch_glue/.*|(?!core/)[^/]+/(torch\.cpp|binding\.h|torch/.*)"
+    r"module\.cpp|torch_glue/.*"
+    r"|(?!core/)[^/]+/(torch\.cpp|torch_operators\.(cpp|h)|binding\.h|torch/.*)"
 )
 COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*([<"])([^>"\n]+)', re.MULTILINE)

@@ -14,12 +14,7 @@
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/expm1.h>
-#include <ATen/ops/index.h>
-#include <ATen/ops/logsumexp.h>
-#include <ATen/ops/ones_like.h>
 #include <ATen/ops/softmax.h>
-#include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
@@ -40,6 +35,7 @@
 #include "core/reduction.h"
 #include "cross_entropy/binding.h"
 #include "cross_entropy/cross_entropy.h"
+#include "cross_entropy/torch_operators.h"
 #if defined(FUSEDSTEP_CUDA)
 #include "cross_entropy/cuda_entry.h"
 #endif
@@ -58,15 +54,6 @@ using at::Tensor;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// What is computed of the tensors.
-struct Options {
-    std::int64_t reduction;  // a Reduction
-    std::int64_t ignore_index;
-    double label_smoothing = 0;
-    double z_loss = 0;
-    std::optional<double> gamma{};  // of focal loss; none: cross-entropy
-};
-
 // ---- What is covered ----
 
 CallCounter cross_entropy_calls("cross_entropy");
@@ -78,23 +65,6 @@ constexpr const char* kBackward = "cross_entropy_backward";
 CallCounter& calls_of(std::optional<double> gamma, bool with_lse) {
     if (gamma) return focal_calls;
     return with_lse ? with_lse_calls : cross_entropy_calls;
-}
-
-bool is_class_index(const Tensor& target) {
-    return target.scalar_type() == at::kLong || target.scalar_type() == at::kByte;
-}
-
-std::int64_t class_dim(const Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
-
-c10::SymInt class_count(const Tensor& logits) { return logits.sym_size(class_dim(logits)); }
-
-// The shape of class indices for these logits: theirs without the class dimension.
-c10::SymDimVector index_shape(const Tensor& logits) {
-    c10::SymDimVector shape;
-    for (std::int64_t d = 0; d < logits.dim(); ++d) {
-        if (d != class_dim(logits)) shape.push_back(logits.sym_size(d));
-    }
-    return shape;
 }
 
 // Raises the type that torch raises for the same fault.
@@ -572,57 +542,64 @@ const auto& backward_op() {
     return op;
 }
 
-// ---- The same of torch's operators ----
-
-struct LossAndLse {
-    Tensor loss;
-    Tensor lse;
-};
-
-// What the kernels compute, as a differentiable function: for what they do not cover, and for
-// second derivatives. Raises torch's errors. The loss is in the logits' type or a wider one, lse in
-// the type that is computed in.
-LossAndLse composed(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    const Options& options) {
-    Tensor const x = is_narrow(logits.scalar_type()) ? logits.to(at::kFloat) : logits;
-    OptionalTensor w;
-    if (is_given(weight)) w = weight->to(x.scalar_type());
-    Tensor loss = at::cross_entropy_loss(x, target, w, options.reduction, options.ignore_index,
-                                         options.label_smoothing);
-    Tensor lse = at::logsumexp(x, class_dim(x));
-    Tensor row_weights;  // of class indices
-    if (is_class_index(target)) {
-        Tensor const index = target.to(at::kLong).reshape_symint(lse.sym_sizes());
-        Tensor const ignored = index.eq(options.ignore_index);
-        lse = lse.masked_fill(ignored, 0);
-        row_weights = w ? at::index(*w, {index.masked_fill(ignored, 0)}) : at::ones_like(lse);
-        row_weights = row_weights.masked_fill(ignored, 0);
-    }
-    auto const reduce = [&](const Tensor& rows) {
-        if (options.reduction == static_cast<std::int64_t>(Reduction::none)) return rows;
-        if (options.reduction == static_cast<std::int64_t>(Reduction::sum)) return rows.sum();
-        return row_weights.defined() ? rows.sum() / row_weights.sum() : rows.mean();
-    };
-    double const gamma = options.gamma.value_or(0);
-    if (gamma != 0) {
-        Tensor const minus_log_p =
-            at::cross_entropy_loss(x, target, {}, static_cast<std::int64_t>(Reduction::none),
-                                   options.ignore_index)
-                .reshape_symint(lse.sym_sizes());
-        // Where p is 1 or 0 the power's derivative is no number, or is multiplied by infinity.
-        Tensor const certain = minus_log_p.eq(0);
-        Tensor const q = at::where(certain.logical_or(minus_log_p.isinf()), 1.0,
-                                   at::expm1(minus_log_p.neg()).neg());
-        loss = reduce(at::where(certain, 0.0, row_weights * q.pow(gamma) * minus_log_p));
-    }
-    if (options.z_loss != 0) {
-        Tensor const squares = lse * lse * options.z_loss;
-        loss = loss + reduce(row_weights.defined() ? squares * row_weights : squares);
-    }
-    return {loss, lse};
-}
-
 // ---- Autograd ----
+
+// The gradient as a function of the logits, in a graph: what CrossEntropyBackward0 gives with
+// create_graph=True where what arrived needs no gradient itself.
+struct CrossEntropyBackwardBackward0 final : TraceableNode<CrossEntropyBackwardBackward0, 1> {
+    SavedVariable logits;
+    SavedVariable target;
+    SavedVariable weight;
+    bool has_weight = false;
+    Options options{};
+    SavedVariable grad_loss;
+
+    std::string name() const override { return "CrossEntropyBackwardBackward0"; }
+
+    template <class F>
+    void visit(const F& f) {
+        f(logits), f(target), f(weight), f(has_weight), f(options.reduction);
+        f(options.ignore_index), f(options.label_smoothing), f(grad_loss);
+    }
+
+    void release_variables() override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        logits.reset_data();
+        target.reset_data();
+        weight.reset_data();
+        grad_loss.reset_data();
+        released_ = true;
+    }
+
+    variable_list apply(variable_list&& v) override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+        if (!v[0].defined() || !wanted_gradients()[0]) return {Tensor()};
+        if (!is_differentiated(v)) return gradients(v, {true});
+        c10::AutoGradMode const with_graph(true);
+        Tensor const x = logits.unpack().alias();  // without the hooks of the logits
+        Tensor const gradient = differentiable_gradient(
+            grad_loss.unpack(), Tensor(), x, target.unpack(), unpacked_weight(), options);
+        return torch::autograd::grad({gradient}, {x}, {v[0]}, /*retain_graph=*/true,
+                                     /*create_graph=*/true);
+    }
+
+    variable_list gradients(const variable_list& v, Wanted) {
+        Tensor const x = logits.unpack();
+        Tensor const y = target.unpack();
+        Tensor const k = grad_loss.unpack();
+        OptionalTensor const w = unpacked_weight();
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return {second_derivative(v[0], k, x, y, w, options)};
+    }
+
+private:
+    bool released_ = false;
+
+    OptionalTensor unpacked_weight() const {
+        return has_weight ? OptionalTensor(weight.unpack()) : std::nullopt;
+    }
+};
 
 struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     SavedVariable logits;
@@ -630,7 +607,6 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     SavedVariable weight;
     bool has_weight = false;
     Options options{};
-    at::ScalarType loss_dtype = at::kFloat;
     std::uint64_t forward_capture = 0;
     Tensor grad;   // for a grad_output of 1; undefined where it is recomputed
     Tensor stats;  // what a recompute needs; undefined where none can happen
@@ -641,7 +617,7 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     void visit(const F& f) {
         f(logits), f(target), f(weight), f(has_weight), f(options.reduction);
         f(options.ignore_index), f(options.label_smoothing), f(options.z_loss), f(options.gamma);
-        f(loss_dtype), f(grad), f(stats);
+        f(grad), f(stats);
     }
 
     void release_variables() override {
@@ -721,22 +697,35 @@ private:
     // The same gradient as a differentiable function of logits and what arrived.
     Tensor differentiable(const variable_list& grad_outputs) {
         c10::AutoGradMode const with_graph(true);
-        Tensor const x = logits.unpack().alias();  // without the hooks of the logits
-        calls_of(options.gamma, grad_outputs.size() > 1)
-            .fell_back(x.device(), kDifferentiableBackward);
-        auto const [loss, lse] =
-            composed(x.to(loss_dtype), target.unpack(), unpacked_weight(), options);
-        variable_list outputs, grads;
-        if (grad_outputs[0].defined()) {
-            outputs.push_back(loss.to(loss_dtype));
-            grads.push_back(grad_outputs[0]);
+        Tensor const x = logits.unpack();
+        Tensor const y = target.unpack();
+        OptionalTensor const w = unpacked_weight();
+        bool const with_lse = grad_outputs.size() > 1;
+        calls_of(options.gamma, with_lse).fell_back(x.device(), kDifferentiableBackward);
+        const Tensor& grad_loss = grad_outputs[0];
+        Tensor const grad_lse = with_lse ? grad_outputs[1] : Tensor();
+        bool const constant = grad_loss.defined() && !grad_loss.requires_grad() &&
+                              !is_wrapped(grad_loss) &&
+                              !torch::autograd::isFwGradDefined(grad_loss);
+        if (!constant || grad_lse.defined() || options.z_loss != 0 ||
+            options.gamma.value_or(0) != 0 || symbolic || is_symbolic(grad_loss) ||
+            in_dispatch_mode() || in_functorch()) {
+            return differentiable_gradient(grad_loss, grad_lse, x, y, w, options);
         }
-        if (grad_outputs.size() > 1 && grad_outputs[1].defined()) {
-            outputs.push_back(lse);
-            grads.push_back(grad_outputs[1]);
-        }
-        return torch::autograd::grad(outputs, {x}, grads, /*retain_graph=*/true,
-                                     /*create_graph=*/true)[0];
+        auto node = make_node<CrossEntropyBackwardBackward0>();
+        node->set_next_edges(torch::autograd::collect_next_edges(x));
+        node->logits = SavedVariable(x, /*is_output=*/false);
+        node->target = SavedVariable(y, /*is_output=*/false);
+        node->has_weight = has_weight;
+        if (w) node->weight = SavedVariable(*w, /*is_output=*/false);
+        node->options = options;
+        node->grad_loss = SavedVariable(grad_loss, /*is_output=*/false);
+        Tensor result = [&] {
+            c10::NoGradGuard const values;
+            return gradients(grad_outputs, {true})[0];
+        }();
+        torch::autograd::set_history(result, node);
+        return result;
     }
 };
 
@@ -763,7 +752,6 @@ LossAndLse fused(const Tensor& logits, const Tensor& target, const OptionalTenso
         node->has_weight = is_given(weight);
         if (node->has_weight) node->weight = SavedVariable(*weight, /*is_output=*/false);
         node->options = options;
-        node->loss_dtype = loss_dtype;
         node->symbolic = symbolic;
         if (grad_in_forward && !symbolic) node->forward_capture = capture_around(logits);
         if (grad_in_forward) node->grad = std::move(grad);
@@ -892,6 +880,8 @@ void check_targets([[maybe_unused]] c10::Device device) {
 }
 
 const std::type_info& backward_node_type() { return typeid(CrossEntropyBackward0); }
+
+const std::type_info& double_backward_node_type() { return typeid(CrossEntropyBackwardBackward0); }
 
 TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
     m.set_python_module("fusedstep.fakes");
