@@ -214,5 +214,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     register_node_type(fusedstep::cross_entropy::backward_node_type(), "CrossEntropyBackward0");
     register_node_type(fusedstep::cross_entropy::double_backward_node_type(),
                        "CrossEntropyBackwardBackward0");
-    register_node_type(fusedstep::pointwise_loss::backward_node_type(), "PointwiseLossBackward0");
+    for (auto [node, name] : fusedstep::pointwise_loss::backward_node_types()) {
+        register_node_type(*node, name);
+    }
 }

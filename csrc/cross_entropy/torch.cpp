@@ -45,6 +45,7 @@
 #include "torch_glue/loss.h"
 #include "torch_glue/node.h"
 #include "torch_glue/plain.h"
+#include "torch_glue/profiler.h"
 #include "torch_glue/traceable_node.h"
 
 namespace fusedstep::cross_entropy {
@@ -739,6 +740,7 @@ LossAndLse fused(const Tensor& logits, const Tensor& target, const OptionalTenso
     bool const with_stats = with_grad && (is_narrow(type) || !grad_in_forward);
 
     auto [loss, grad, stats, lse] = [&] {
+        LossEvent const event(calls_of(options.gamma, with_lse).op(), with_grad, logits, target);
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         return forward_op().call(logits, target, weight, options.reduction, options.ignore_index,
                                  options.label_smoothing, options.z_loss, options.gamma, loss_dtype,

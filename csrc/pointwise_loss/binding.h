@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <optional>
 #include <typeinfo>
+#include <utility>
+#include <vector>
 
 namespace fusedstep::pointwise_loss {
 
@@ -18,7 +20,7 @@ std::optional<at::Tensor> pointwise_loss(const at::Tensor& input, const at::Tens
                                          std::int64_t kind, std::int64_t reduction,
                                          double parameter);
 
-// The type of the autograd node, so that Python can show its name.
-const std::type_info& backward_node_type();
+// The type of each loss's autograd node, and the name that Python is to show.
+std::vector<std::pair<const std::type_info*, const char*>> backward_node_types();
 
 }  // namespace fusedstep::pointwise_loss

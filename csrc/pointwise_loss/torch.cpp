@@ -31,6 +31,7 @@
 #include <numeric>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "core/compensated_sum.h"
 #include "core/reduction.h"
@@ -42,6 +43,7 @@
 #include "torch_glue/loss.h"
 #include "torch_glue/node.h"
 #include "torch_glue/plain.h"
+#include "torch_glue/profiler.h"
 #include "torch_glue/traceable_node.h"
 #if defined(FUSEDSTEP_CUDA)
 #include "pointwise_loss/cuda_entry.h"
@@ -56,12 +58,22 @@ using torch::autograd::variable_list;
 
 // ---- What is covered ----
 
-// In the order of Kind, without weighted_bce, which is bce_with_logits to users.
-std::array<CallCounter, 5> counters{{CallCounter("l1_loss"), CallCounter("mse_loss"),
-                                     CallCounter("smooth_l1_loss"), CallCounter("huber_loss"),
-                                     CallCounter("binary_cross_entropy_with_logits")}};
+// A loss as users see it.
+struct Loss {
+    CallCounter calls;
+    const char* node;  // the name of its node in autograd's graph: that of torch's own
+};
 
-CallCounter& calls(std::int64_t kind) { return counters.at(static_cast<std::size_t>(kind)); }
+// In the order of Kind, without weighted_bce, which is bce_with_logits to users.
+std::array<Loss, 5> losses{
+    {{CallCounter("l1_loss"), "L1LossBackward0"},
+     {CallCounter("mse_loss"), "MseLossBackward0"},
+     {CallCounter("smooth_l1_loss"), "SmoothL1LossBackward0"},
+     {CallCounter("huber_loss"), "HuberLossBackward0"},
+     {CallCounter("binary_cross_entropy_with_logits"), "BinaryCrossEntropyWithLogitsBackward0"}}};
+
+Loss& loss_of(std::int64_t kind) { return losses.at(static_cast<std::size_t>(kind)); }
+CallCounter& calls(std::int64_t kind) { return loss_of(kind).calls; }
 
 // The tensors and numbers of one call.
 struct Call {
@@ -296,8 +308,8 @@ struct Outputs {
 Call make_call(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                const OptionalTensor& pos_weight, std::int64_t kind, std::int64_t reduction,
                double parameter) {
-    TORCH_CHECK(static_cast<std::size_t>(kind) < counters.size(),
-                "pointwise_loss: there is no kind ", kind);
+    TORCH_CHECK(static_cast<std::size_t>(kind) < losses.size(), "pointwise_loss: there is no kind ",
+                kind);
     return {input,
             target,
             weight,
@@ -448,7 +460,7 @@ struct SavedOptional {
     OptionalTensor unpack() const { return given ? OptionalTensor(saved.unpack()) : std::nullopt; }
 };
 
-struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
+struct PointwiseLossBackward : TraceableNode<PointwiseLossBackward, 2> {
     SavedVariable input;
     SavedVariable target;
     SavedOptional weight;
@@ -460,7 +472,7 @@ struct PointwiseLossBackward0 final : TraceableNode<PointwiseLossBackward0, 2> {
     std::uint64_t forward_capture = 0;
     Tensor grad;  // for a grad_output of 1; undefined where it is recomputed
 
-    std::string name() const override { return "PointwiseLossBackward0"; }
+    std::string name() const override { return loss_of(kind).node; }
 
     template <class F>
     void visit(const F& f) {
@@ -547,6 +559,15 @@ private:
     }
 };
 
+// A type for each loss: Python shows the name of a type.
+template <Kind kind>
+struct BackwardOf final : PointwiseLossBackward {};
+
+auto make_backward(Kind kind) {
+    using Pointer = decltype(make_node<PointwiseLossBackward>());
+    return with_kind(kind, [](auto k) -> Pointer { return make_node<BackwardOf<k()>>(); });
+}
+
 Tensor fused(const Call& call, at::ScalarType loss_dtype) {
     bool const with_grad =
         c10::GradMode::is_enabled() && (call.input.requires_grad() || call.target.requires_grad());
@@ -556,12 +577,13 @@ Tensor fused(const Call& call, at::ScalarType loss_dtype) {
     auto const kind = static_cast<std::int64_t>(call.kind);
     auto const reduction = static_cast<std::int64_t>(call.reduction);
     auto [loss, grad] = [&] {
+        LossEvent const event(calls(kind).op(), with_grad, call.input, call.target);
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         return forward_op().call(call.input, call.target, call.weight, call.pos_weight, kind,
                                  reduction, call.parameter, loss_dtype, grad_now);
     }();
     if (with_grad) {
-        auto node = make_node<PointwiseLossBackward0>();
+        auto node = make_backward(call.kind);
         node->set_next_edges(torch::autograd::collect_next_edges(call.input, call.target));
         node->input = SavedVariable(call.input, /*is_output=*/false);
         node->target = SavedVariable(call.target, /*is_output=*/false);
@@ -605,7 +627,14 @@ OptionalTensor pointwise_loss(const Tensor& input, const Tensor& target,
     return covered_loss(make_call(input, target, weight, pos_weight, kind, reduction, parameter));
 }
 
-const std::type_info& backward_node_type() { return typeid(PointwiseLossBackward0); }
+std::vector<std::pair<const std::type_info*, const char*>> backward_node_types() {
+    std::vector<std::pair<const std::type_info*, const char*>> types;
+    for (std::size_t kind = 0; kind < losses.size(); ++kind) {
+        with_kind(static_cast<Kind>(kind),
+                  [&](auto k) { types.emplace_back(&typeid(BackwardOf<k()>), losses[kind].node); });
+    }
+    return types;
+}
 
 TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
     m.set_python_module("fusedstep.fakes");
