@@ -161,36 +161,37 @@ void register_node_type(const std::type_info& node, const char* name) {
 // The table of optimizers, by name, with what runs each.
 void define_optimizers(py::module_& m) {
     using namespace fusedstep::optim;
+    using namespace py::literals;
     py::class_<Extensions>(m, "Extensions")
         .def(py::init<bool, std::optional<std::uint64_t>, bool>(), py::kw_only(),
              py::arg("master_weights") = false, py::arg("seed") = py::none(),
              py::arg("require_finite") = false)
         .def_readonly("master_weights", &Extensions::master_weights);
-    py::class_<Optimizer, std::unique_ptr<Optimizer, py::nodelete>>(m, "Optimizer")
-        .def_property_readonly("name", [](const Optimizer& self) { return self.rule.name; })
-        .def_property_readonly("numbers",  // by key, what errors call it
-                               [](const Optimizer& self) {
-                                   py::dict numbers;
-                                   numbers["lr"] = "learning rate";
-                                   for (const Number& number : self.rule.numbers) {
-                                       numbers[number.key] = number.called;
-                                   }
-                                   return numbers;
-                               })
-        .def_property_readonly("states",
-                               [](const Optimizer& self) {
-                                   py::list states;
-                                   for (const State& state : self.rule.states) {
-                                       states.append(state.key);
-                                   }
-                                   return py::tuple(states);
-                               })
-        .def("states_of", torch::wrap_pybind_function(&states_of_group))
-        .def("step", torch::wrap_pybind_function(&step))
-        .def("step_in_backward", torch::wrap_pybind_function(&step_in_backward));
+    py::object const make = py::module_::import("types").attr("SimpleNamespace");
+    auto const function = [](auto f) {
+        return py::cpp_function(torch::wrap_pybind_function(std::move(f)));
+    };
     py::dict optimizers;
-    for (Optimizer* optimizer : Optimizer::all()) {
-        optimizers[optimizer->rule.name] = py::cast(optimizer, py::return_value_policy::reference);
+    for (Optimizer* const rule : Optimizer::all()) {
+        py::dict numbers("lr"_a = "learning rate");  // by key, what errors call it
+        for (const Number& number : rule->rule.numbers) numbers[number.key] = number.called;
+        py::list states;
+        for (const State& state : rule->rule.states) states.append(state.key);
+        // Functions that know the rule: a method would look it up in its object in every step.
+        optimizers[rule->rule.name] = make(
+            "name"_a = rule->rule.name, "numbers"_a = numbers, "states"_a = py::tuple(states),
+            "states_of"_a =
+                function([rule](const py::object& group) { return states_of_group(*rule, group); }),
+            "step"_a = function([rule](const py::object& optimizer, const py::object& grad_scale,
+                                       const py::object& found_inf, const Extensions& extensions,
+                                       const py::object& step_by_torch) {
+                step(*rule, optimizer, grad_scale, found_inf, extensions, step_by_torch);
+            }),
+            "step_in_backward"_a =
+                function([rule](const py::object& optimizer, const py::object& param,
+                                const Extensions& extensions, const py::object& step_by_torch) {
+                    step_in_backward(*rule, optimizer, param, extensions, step_by_torch);
+                }));
     }
     m.attr("optimizers") = optimizers;
     m.def("refuse_capture", torch::wrap_pybind_function(&refuse_capture));

@@ -44,6 +44,7 @@ struct State {
 };
 
 inline constexpr std::size_t kMaxStates = 4;
+inline constexpr std::size_t kMaxGroupBytes = 96;  // of a rule's Hyperparameters
 
 // ---- One step ----
 

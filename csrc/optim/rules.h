@@ -28,7 +28,9 @@ struct Rule {
 template <class R>
 constexpr Rule rule_of() {
     using Group = typename R::Hyperparameters;
-    static_assert(offsetof(Group, lr) == 0 && kStates<R> <= static_cast<int>(kMaxStates));
+    static_assert(offsetof(Group, lr) == 0 && sizeof(Group) <= kMaxGroupBytes &&
+                  sizeof(Group) % sizeof(std::uint64_t) == 0 &&
+                  kStates<R> <= static_cast<int>(kMaxStates));
     return {
         R::name,
         R::numbers,

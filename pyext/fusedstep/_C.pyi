@@ -64,13 +64,14 @@ class Extensions:
         require_finite: bool = False,
     ) -> None: ...
 
-class Optimizer:
+class _Optimizer:  # a types.SimpleNamespace
     name: Final[str]
     numbers: Final[dict[str, str]]
     states: Final[tuple[str, ...]]
-    def states_of(self, group: dict[str, Any], /) -> list[str]: ...
+    @staticmethod
+    def states_of(group: dict[str, Any], /) -> list[str]: ...
+    @staticmethod
     def step(
-        self,
         optimizer: torch.optim.Optimizer,
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -78,8 +79,8 @@ class Optimizer:
         step_by_torch: _StepByTorch,
         /,
     ) -> None: ...
+    @staticmethod
     def step_in_backward(
-        self,
         optimizer: torch.optim.Optimizer,
         param: Tensor,
         extensions: Extensions,
@@ -87,7 +88,7 @@ class Optimizer:
         /,
     ) -> None: ...
 
-optimizers: Final[dict[str, Optimizer]]
+optimizers: Final[dict[str, _Optimizer]]
 
 def refuse_capture(device: torch.device, name: str, /) -> None: ...
 def zero_grad(param_groups: list[dict[str, Any]], /) -> None: ...

@@ -30,6 +30,10 @@ bool can_cast(at::ScalarType from, at::ScalarType to) {
 }
 
 void check_state(const char* key, const Tensor& state, const Tensor& param, const Tensor& grad) {
+    if (state.scalar_type() == param.scalar_type() && grad.scalar_type() == param.scalar_type() &&
+        state.sizes() == grad.sizes()) {
+        return;
+    }
     TORCH_CHECK(state.sizes() == grad.sizes(), "a ", key, " of shape ", state.sizes(),
                 " does not fit its gradient of shape ", grad.sizes());
     TORCH_CHECK(can_cast(grad.scalar_type(), state.scalar_type()) &&
@@ -45,8 +49,10 @@ void check_master(const Tensor& master, const Tensor& param) {
 }
 
 // The tensor that the kernels read and write in a parameter's state, or why they do not.
-Covered<HeldTensor> state_tensor(const py::object& param, PyObject* found) {
-    bool const distributed = is_dtensor(param.ptr());
+Covered<HeldTensor> state_tensor(const py::object& param, bool distributed, PyObject* found) {
+    if (!distributed && THPVariable_CheckExact(found) && !THPVariable_Unpack(found).is_nested()) {
+        return HeldTensor(py::reinterpret_borrow<py::object>(found));
+    }
     if (distributed && !same_placements(param, found)) {
         return not_covered("a state placed unlike its parameter");
     }
@@ -65,16 +71,6 @@ Range::Range(const Tensor& tensor)
             tensor.is_contiguous() ? tensor.nbytes()
                                    : at::detail::computeStorageNbytes(
                                          tensor.sizes(), tensor.strides(), tensor.itemsize())) {}
-
-Storage storage_of(const Tensor& param, const Extensions& extensions) {
-    if (!is_narrow(param.scalar_type())) return Storage::ordinary;
-    if (extensions.master_weights) return Storage::master_weights;
-    if (!extensions.seed) return Storage::ordinary;
-    if (param.scalar_type() != at::kBFloat16) {
-        throw py::value_error("stochastic_rounding is for bfloat16 parameters, not for float16");
-    }
-    return Storage::stochastic_rounding;
-}
 
 bool Candidate::is_float_like_param(const HeldTensor& state) const {
     return state && state->scalar_type() == at::kFloat && is_writable(*state) &&
@@ -103,11 +99,13 @@ Covered<> Candidate::find_gradient() {
     return covered;
 }
 
-void Candidate::check_update() const {
+void Candidate::check_update() {
     const Tensor& param = *tensors.param;
     const Tensor& grad = tensors.grad;
-    TORCH_CHECK(at::is_expandable_to(grad.sizes(), param.sizes()), "a gradient of shape ",
-                grad.sizes(), " does not fit its parameter of shape ", param.sizes());
+    same_shape = grad.sizes() == param.sizes();
+    TORCH_CHECK(same_shape || at::is_expandable_to(grad.sizes(), param.sizes()),
+                "a gradient of shape ", grad.sizes(), " does not fit its parameter of shape ",
+                param.sizes());
     TORCH_CHECK(can_cast(grad.scalar_type(), param.scalar_type()), "a gradient of dtype ",
                 grad.scalar_type(), " does not fit its parameter of dtype ", param.scalar_type());
     if (param.layout() == at::kStrided && !param.is_non_overlapping_and_dense()) {
@@ -133,7 +131,7 @@ Covered<> Candidate::find_states(PyObject* state) {
             missing |= 1u << i;
             continue;
         }
-        auto local = state_tensor(object, item);
+        auto local = state_tensor(object, distributed, item);
         if (!local) return local.why_not();
         tensors.states[i] = *std::move(local);
         check_state(optimizer.rule.states[i].key, *tensors.states[i], *tensors.param, tensors.grad);
@@ -142,7 +140,7 @@ Covered<> Candidate::find_states(PyObject* state) {
     entry.first_step = missing != 0;
     if (has_master()) {
         if (PyObject* const item = find_item(keys().master_param)) {
-            auto local = state_tensor(object, item);
+            auto local = state_tensor(object, distributed, item);
             if (!local) return local.why_not();
             tensors.master_param = *std::move(local);
             check_master(*tensors.master_param, *tensors.param);
@@ -165,7 +163,8 @@ Covered<> Candidate::check_tensors() {
                      (options.device_lr.defined() && options.device_lr.device() != device) ||
                      (tensors.master_param && tensors.master_param->device() != device);
     bool like_param = true;  // every state, where there are no master weights
-    for (const HeldTensor& state : tensors.states) {
+    for (std::size_t i = 0; i < optimizer.rule.states.size(); ++i) {
+        const HeldTensor& state = tensors.states[i];
         if (!state) continue;
         elsewhere |= state->device() != device;
         like_param = like_param && is_writable(*state) && same_layout(param, *state) &&
@@ -180,8 +179,7 @@ Covered<> Candidate::check_tensors() {
         return not_covered("a device or a kind of tensor without kernels");
     }
     if (!param.is_non_overlapping_and_dense()) return not_covered("a strided view as a parameter");
-    if (tensors.grad.sizes() != param.sizes() ||
-        tensors.grad.scalar_type() != param.scalar_type()) {
+    if (!same_shape || tensors.grad.scalar_type() != param.scalar_type()) {
         return not_covered("a gradient of another shape or dtype");
     }
     if (!has_master() && !like_param) return not_covered("a state of another dtype or layout");
@@ -203,16 +201,16 @@ Covered<> Candidate::check_memory() {
     entry.grad = unscale ? grad.mutable_data_ptr() : const_cast<void*>(grad.const_data_ptr());
     entry.extent.numel = param.numel();
     auto const bytes = static_cast<std::size_t>(entry.extent.numel * item_size(entry.dtype));
-    // Of the parameter, the gradient, the states and the master weights.
-    std::array<Range, kMaxStates + 3> ranges;
+    Range const of_param(entry.param, bytes);
+    Range const of_grad = copies_grad ? Range(grad) : Range(entry.grad, bytes);
+    bool overlap = of_param.overlaps(of_grad);
+    Range others[kMaxStates + 1];  // states and master weights
     std::size_t count = 0;
-    bool overlap = false;
     auto const add = [&](const Range& range) {
-        for (std::size_t i = 0; i < count; ++i) overlap |= range.overlaps(ranges[i]);
-        ranges[count++] = range;
+        overlap |= range.overlaps(of_param) || range.overlaps(of_grad);
+        for (std::size_t i = 0; i < count; ++i) overlap |= range.overlaps(others[i]);
+        others[count++] = range;
     };
-    add(Range(entry.param, bytes));
-    add(copies_grad ? Range(grad) : Range(entry.grad, bytes));
     for (std::size_t i = 0; i < optimizer.rule.states.size(); ++i) {
         const HeldTensor& state = tensors.states[i];
         if (!state) continue;

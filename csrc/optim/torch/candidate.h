@@ -7,6 +7,7 @@
 
 #include "optim/torch/dtensor.h"
 #include "optim/torch/groups.h"
+#include "torch_glue/plain.h"
 
 namespace fusedstep::optim {
 
@@ -18,10 +19,10 @@ struct Tensors {
     HeldTensor master_param;
 };
 
-// The memory of an array; empty where there is none.
+// The memory of an array.
 struct Range {
-    std::uintptr_t begin = 0;
-    std::uintptr_t end = 0;
+    std::uintptr_t begin;
+    std::uintptr_t end;
 
     Range() = default;
     Range(const void* data, std::size_t bytes)
@@ -34,7 +35,15 @@ struct Range {
 };
 
 // How a parameter of this dtype is kept; ValueError where it cannot be kept as was asked.
-Storage storage_of(const at::Tensor& param, const Extensions& extensions);
+inline Storage storage_of(const at::Tensor& param, const Extensions& extensions) {
+    if (!is_narrow(param.scalar_type())) return Storage::ordinary;
+    if (extensions.master_weights) return Storage::master_weights;
+    if (!extensions.seed) return Storage::ordinary;
+    if (param.scalar_type() != at::kBFloat16) {
+        throw py::value_error("stochastic_rounding is for bfloat16 parameters, not for float16");
+    }
+    return Storage::stochastic_rounding;
+}
 
 struct Candidate {
     const py::object& object;
@@ -43,6 +52,7 @@ struct Candidate {
     bool distributed;  // a DTensor
     bool unscale;      // its gradient is to be written
     Tensors tensors{};
+    bool same_shape = false;   // as the gradient's
     bool copies_grad = false;  // the gradient has another layout, and the kernels read a copy
     Storage storage{};
     std::uint64_t steps = 0;  // that were rounded stochastically
@@ -56,7 +66,7 @@ struct Candidate {
     // Each says whether the parameter is covered so far, and raises where neither the kernels nor
     // torch could update it. In this order; nothing is made or written.
     Covered<> find_gradient();
-    void check_update() const;
+    void check_update();
     Covered<> find_states(PyObject* state);  // of the parameter; null where there is none
     Covered<> check_tensors();
     Covered<> check_memory();

@@ -57,7 +57,6 @@ Covered<Options> read_options(const Optimizer& optimizer, PyObject* group,
         }
         return number;
     };
-    options.group.resize(rule.group_bytes / sizeof(std::uint64_t));
     auto* const bytes = reinterpret_cast<char*>(options.group.data());
     const at::Tensor* const lr = plain_tensor(get(group, keys().lr));
     if (lr && !lr->requires_grad() && is_device_number(*lr)) {

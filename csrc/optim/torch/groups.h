@@ -1,8 +1,7 @@
 // Optimizers as torch's objects show them: the strings of a rule, and what a parameter group says.
 #pragma once
 
-#include <c10/util/SmallVector.h>
-
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -38,8 +37,8 @@ struct Extensions {
 
 // What a parameter group says.
 struct Options {
-    // The rule's Hyperparameters, whose LearningRate comes first.
-    c10::SmallVector<std::uint64_t, 8> group;
+    // The rule's Hyperparameters, whose LearningRate comes first, and what is left of the array.
+    std::array<std::uint64_t, kMaxGroupBytes / sizeof(std::uint64_t)> group{};
     at::Tensor device_lr;       // the tensor behind LearningRate::on_device
     unsigned states = 0;        // bit i for the rule's states[i]: which its parameters have
     double largest_finite = 0;  // of its numbers, by magnitude

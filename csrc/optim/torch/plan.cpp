@@ -33,7 +33,8 @@ Covered<Options> StepPlan::add_options(PyObject* group) {
     if (in_functorch() || in_dispatch_mode()) return not_covered("a mode that watches calls");
     Covered<Options> options = read_options(optimizer_, group, extensions_);
     if (options) {
-        groups_.append(options->group.begin(), options->group.end());
+        auto const* const group = options->group.data();
+        groups_.append(group, group + optimizer_.rule.group_bytes / sizeof(*group));
         ++group_count_;
         if (options->device_lr.defined()) learning_rates_.push_back(options->device_lr);
     }

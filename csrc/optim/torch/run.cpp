@@ -119,6 +119,7 @@ void StepPlan::run() {
         runs_on_cuda(share.device) ? run_on_cuda(share) : run_on_cpu(share);
         calls.fused(share.device, static_cast<std::int64_t>(share.entries.size()));
     }
+    std::size_t const states = optimizer_.rule.states.size();
     auto const bump = [](const HeldTensor& tensor) {
         if (tensor) tensor->unsafeGetTensorImpl()->bump_version();
     };
@@ -126,7 +127,7 @@ void StepPlan::run() {
         for (const Tensors& written : share.tensors) {
             if (unscales()) written.grad.unsafeGetTensorImpl()->bump_version();
             bump(written.param);
-            for (const HeldTensor& state : written.states) bump(state);
+            for (std::size_t i = 0; i < states; ++i) bump(written.states[i]);
             bump(written.master_param);
         }
     }

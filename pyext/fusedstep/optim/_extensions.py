@@ -4,18 +4,18 @@ from torch.optim import Optimizer
 
 from fusedstep import _C
 
-__all__ = ["extend", "extensions_of"]
+__all__ = ["ATTRIBUTE", "OF_TORCH", "extend", "extensions_of"]
 
-_ATTRIBUTE = "_fusedstep_extensions"
-_OF_TORCH = _C.Extensions()
+ATTRIBUTE = "_fusedstep_extensions"
+OF_TORCH = _C.Extensions()
 
 
 def extend(optimizer: Optimizer, extensions: _C.Extensions) -> None:
     """Give an optimizer of fusedstep's what torch's does not have."""
-    vars(optimizer)[_ATTRIBUTE] = extensions
+    vars(optimizer)[ATTRIBUTE] = extensions
 
 
 def extensions_of(optimizer: Optimizer) -> _C.Extensions:
     """What :func:`extend` gave; none for an optimizer of torch's, which may be patched."""
-    extensions: _C.Extensions = vars(optimizer).get(_ATTRIBUTE, _OF_TORCH)
+    extensions: _C.Extensions = vars(optimizer).get(ATTRIBUTE, OF_TORCH)
     return extensions

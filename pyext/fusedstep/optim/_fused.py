@@ -22,7 +22,7 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import RemovableHandle
 
 from fusedstep import _C
-from fusedstep.optim._extensions import extend, extensions_of
+from fusedstep.optim._extensions import ATTRIBUTE, OF_TORCH, extend, extensions_of
 from fusedstep.optim._in_backward import StepInBackward, owner_in_backward
 from fusedstep.optim._torchs_step import TorchsStep
 
@@ -44,7 +44,7 @@ def _outside_graphs(function: _Function) -> _Function:
     return function
 
 
-def _require_finite(rule: _C.Optimizer, group: dict[str, Any]) -> None:
+def _require_finite(rule: Any, group: dict[str, Any]) -> None:
     for key, called in rule.numbers.items():
         value = group[key]
         if not math.isfinite(value.item() if isinstance(value, Tensor) else value):
@@ -130,7 +130,7 @@ def fused_step(torchs: type[Optimizer]) -> Callable[..., Any]:
             or self.defaults["differentiable"]
         ):
             return step(*args, **kwargs)
-        run(self, None, None, extensions_of(self), step_by_torch)
+        run(self, None, None, self.__dict__.get(ATTRIBUTE, OF_TORCH), step_by_torch)
         return None
 
     wrapper.hooked = True  # type: ignore[attr-defined]  # tells Optimizer not to wrap it again
@@ -163,7 +163,7 @@ class Fused(Optimizer):
     seed: int = 0
     in_backward: bool = False
 
-    _rule: _C.Optimizer  # of the kernels
+    _rule: Any  # of the kernels
 
     def _extend(
         self,

@@ -26,7 +26,7 @@ class TorchsStep:
     are not used on the CPU, where fused ones are wrong for some layouts.
     """
 
-    def __init__(self, rule: _C.Optimizer, torchs: type[Optimizer]) -> None:
+    def __init__(self, rule: Any, torchs: type[Optimizer]) -> None:
         self.rule = rule
         self.torchs = torchs
         self.step = inspect.unwrap(torchs.step)  # without hooks and torch's compiler
