@@ -410,6 +410,53 @@ def test_compile_traces_ours() -> None:
     torch._dynamo.reset()
 
 
+BEFORE_THE_COMPILER = """
+import sys, fusedstep, torch
+from fusedstep import _torchs_own
+torchs = {name: vars(torch.nn.functional)[name] for name in fusedstep.functional.stand_ins}
+torchs["nll_loss"] = torch.nn.functional.nll_loss
+fusedstep.patch()
+_torchs_own.note()
+assert not {"torch._dynamo", "torch._inductor"} & sys.modules.keys()
+ours = {name: vars(torch.nn.functional)[name] for name in torchs}
+assert all(ours[name] is not torchs[name] for name in torchs)
+optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+assert "torch._dynamo" in sys.modules
+
+from torch._dynamo.trace_rules import get_torch_obj_rule_map
+rules = get_torch_obj_rule_map()
+assert all(torchs[name] in rules and ours[name] not in rules for name in torchs)
+
+graphs = []
+def backend(graph, _):
+    graphs.append({node.target for node in graph.graph.nodes})
+    return graph
+@torch.compile(fullgraph=True, backend=backend)
+def losses(x, t):
+    F = torch.nn.functional
+    return F.cross_entropy(x, t) + F.nll_loss(x, t)
+losses(torch.randn(2, 3), torch.ones(2).long())
+assert _torchs_own.used() == ("nll_loss",)
+(graph,) = graphs
+assert torchs["nll_loss"] in graph and not graph & {*ours.values(), torchs["cross_entropy"]}
+
+fusedstep.unpatch()
+calls = []
+optimizer.register_step_pre_hook(lambda *_: calls.append("hook"))
+optimizer.step()
+assert calls == ["hook"]
+print("done")
+"""
+
+
+def test_patching_before_the_compiler_is_loaded(cpu_only: None) -> None:
+    """It does not load it, for that takes seconds; and the compiler knows torch's functions."""
+    done = subprocess.run(
+        [sys.executable, "-c", BEFORE_THE_COMPILER], capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == ("done\n", "")
+
+
 # ---- SGD's surroundings ----
 
 

@@ -46,14 +46,19 @@ sys.exit(int(sys.argv[2]))
 
 
 def run(
-    command: Sequence[object], cwd: Path, code: int | None = 0, device: str = "cpu"
+    command: Sequence[object],
+    cwd: Path,
+    code: int | None = 0,
+    device: str = "cpu",
+    **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder; where the device is the CPU, it sees no other."""
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    always = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | hidden,
+        env=os.environ | always | hidden | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -171,6 +176,53 @@ def test_processes_of_multiprocessing(method: str, tmp_path: Path) -> None:
     assert sorted(counts) == sorted([("cross_entropy", "2", "0"), ("SGD", "4", "0")] * 2)
 
 
+# ---- In every Python that the script starts: see also test_bootstrap.py ----
+
+WHICH = """
+import sys, torch
+x = torch.randn(2, 3, requires_grad=True)
+node = torch.nn.functional.cross_entropy(x, torch.ones(2).long()).grad_fn
+sys.stdout.write(" ".join([type(node).__name__, *sys.argv[1:]]) + "\\n")
+sys.exit(3)
+"""
+STARTS = """
+import os, subprocess, sys
+import torch
+command = [sys.executable, "which.py", "--", "a b"]
+print(subprocess.run(command).returncode, flush=True)
+os.execv(sys.executable, command)
+"""
+
+
+def test_a_python_that_the_script_starts(tmp_path: Path) -> None:
+    write(tmp_path, which=WHICH, starts=STARTS)
+    done = run([*OURS, "starts.py"], tmp_path, code=3)
+    said = "CrossEntropyBackward0 -- a b"
+    assert done.stdout.splitlines() == [said, "3", said]
+    assert done.stderr == ""
+
+
+LOKY = """
+import joblib
+
+def learn(_):
+    import torch
+    x = torch.randn(2, 3, requires_grad=True)
+    return type(torch.nn.functional.cross_entropy(x, torch.ones(2).long()).grad_fn).__name__
+
+if __name__ == "__main__":
+    print(*joblib.Parallel(n_jobs=2)(joblib.delayed(learn)(i) for i in range(2)))
+"""
+
+
+def test_workers_of_joblib(tmp_path: Path) -> None:
+    pytest.importorskip("joblib")
+    write(tmp_path, jobs=LOKY)
+    assert run([*OURS, "jobs.py"], tmp_path).stdout.split() == ["CrossEntropyBackward0"] * 2
+
+
+# ---- Ranks ----
+
 RANK = """
 import os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -185,13 +237,44 @@ dist.destroy_process_group()
 """
 
 
-def test_torchrun(tmp_path: Path) -> None:
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[*PYTHON, *TORCHRUN, "-m", "fusedstep", "run", "--stats"], [*OURS, "--stats", *TORCHRUN]],
+    ids=["around run", "inside run"],
+)
+def test_torchrun(command: list[str], tmp_path: Path) -> None:
+    """Each rank's table says whose it is; torchrun itself has none."""
     write(tmp_path, rank=RANK)
-    launch = [*PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = run([*launch, "-m", "fusedstep", "run", "--stats", "rank.py", "--x"], tmp_path)
+    ours = "ignore,default::RuntimeWarning"
+    done = run([*command, "rank.py", "--x"], tmp_path, PYTHONWARNINGS=ours)
     lines = sorted(done.stdout.splitlines())
     assert lines == [f"{rank} CrossEntropyBackward0 --x" for rank in range(2)]
+    tables = re.findall(r"^fusedstep in process \d+(.*):\noperator ", done.stderr, re.MULTILINE)
+    assert sorted(tables) == [f", rank {rank} of 2" for rank in range(2)]
     assert len(re.findall(r"^SGD +cpu +2 +0$", done.stderr, re.MULTILINE)) == 2
+    assert done.stderr.count("patched:") == 2 and "RuntimeWarning" not in done.stderr
+
+
+UNUSED = """
+import torch
+w = torch.randn(4, 3, requires_grad=True)
+optimizers = [torch.optim.Adadelta([w]), torch.optim.Adam([w])]  # of which one steps
+torch.nn.NLLLoss()(w.log_softmax(1), torch.zeros(4, dtype=torch.long)).backward()
+optimizers[0].step()
+"""
+
+
+def test_a_script_that_uses_no_kernel_is_told_what_it_uses(tmp_path: Path) -> None:
+    write(tmp_path, unused=UNUSED)
+    done = run([*OURS, "--stats", "unused.py"], tmp_path)
+    first, second, third = done.stderr.splitlines()
+    assert re.fullmatch(r"fusedstep in process \d+:", first)
+    used = "this script used nll_loss and Adadelta, which fusedstep does not replace"
+    assert second == f"none of its kernels ran: {used}"
+    assert third.startswith("patched: torch.nn.functional.")
 
 
 # ---- Unmodified scripts ----

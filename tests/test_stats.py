@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedstep
+from fusedstep import _stats
 from fusedstep import functional as F
 
 SUBCLASS = "a tensor subclass"
@@ -341,6 +342,23 @@ def test_table(device: str) -> None:
         "patched: nothing",
     ]
     assert lines[1].index("a weight") == lines[2].index("a target")
+
+
+def test_what_is_printed_at_exit() -> None:
+    F.mse_loss(logits(), logits())
+    ran, table = fusedstep.stats(), str(fusedstep.stats())
+    fusedstep.reset_stats()
+    nothing, patched = fusedstep.stats(), "patched: nothing"
+    assert _stats._report(ran, []) == table
+    assert _stats._report(ran, ["Adam"]) == f"{table}\nnot replaced: Adam"
+    assert _stats._report(nothing, []) == f"none of its kernels ran\n{patched}"
+    for used, names in {
+        ("Adam",): "Adam",
+        ("Adadelta", "nll_loss"): "Adadelta and nll_loss",
+        ("kl_div", "Adam", "nll_loss"): "kl_div, Adam and nll_loss",
+    }.items():
+        said = f"this script used {names}, which fusedstep does not replace"
+        assert _stats._report(nothing, used) == f"none of its kernels ran: {said}\n{patched}"
 
 
 @pytest.mark.parametrize("gamma", [0.0, 2.0])

@@ -1,8 +1,8 @@
 """Makes torch's own names use fusedstep.
 
 Replaced are the functions of :mod:`torch.nn.functional`, which the modules of :mod:`torch.nn` call,
-and the methods of :class:`torch.optim.SGD`. The classes stay torch's: objects made before, during
-and after the patch are of the same class, and so are their pickles.
+and the methods of the classes in ``OPTIMIZERS``. The classes stay torch's: objects made before,
+during and after the patch are of the same class, and so are their pickles.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
-from fusedstep import functional, optim
+from fusedstep import _compiler, _ranks, functional, optim
 from fusedstep._names import under_torchs_name
 
-__all__ = ["patch", "patched", "replaced", "unpatch"]
+__all__ = ["LOSSES", "OPTIMIZERS", "also_in_spawned", "patch", "patched", "replaced", "unpatch"]
+
+LOSSES = functional.stand_ins  # by their names in torch.nn.functional
+OPTIMIZERS: dict[type[Optimizer], type[Optimizer]] = {torch.optim.SGD: optim.SGD}
+_METHODS = "step", "zero_grad"  # of an optimizer
 
 
 class _Replacement(NamedTuple):
     owner: Any
-    owner_name: str
     name: str
     ours: Any
+    shown_as: str | None = None  # the name of it that `replaced()` tells
 
 
 _MISSING = object()
@@ -52,9 +57,15 @@ class _PatchedProcess:
 
 def _start_process(*calls: Callable[[], None]) -> None:
     patch()
-    in_spawned.extend(calls)
     for call in calls:
+        also_in_spawned(call)
         call()
+
+
+def also_in_spawned(call: Callable[[], None]) -> None:
+    """Have a process that multiprocessing spawns make this call, and those which it spawns."""
+    if call not in in_spawned:
+        in_spawned.append(call)
 
 
 _get_preparation_data = multiprocessing.spawn.get_preparation_data
@@ -68,25 +79,23 @@ def _patched_preparation_data(name: str) -> dict[str, Any]:
 
 _REPLACEMENTS = [
     *(
-        _Replacement(torch.nn.functional, "torch.nn.functional", name, stand_in)
-        for name, stand_in in functional.stand_ins.items()
+        _Replacement(torch.nn.functional, name, ours, f"torch.nn.functional.{name}")
+        for name, ours in LOSSES.items()
     ),
     *(
         _Replacement(
-            torch.optim.SGD,
-            "torch.optim.SGD",
+            torchs,
             name,
-            under_torchs_name(
-                vars(optim.SGD)[name], getattr(torch.optim.SGD, name), torch.optim.SGD
-            ),
+            under_torchs_name(vars(ours)[name], getattr(torchs, name), torchs),
+            f"torch.optim.{torchs.__name__}.{name}",
         )
-        for name in ("step", "zero_grad")
+        for torchs, ours in OPTIMIZERS.items()
+        for name in _METHODS
     ),
-    _Replacement(
-        multiprocessing.spawn,
-        "multiprocessing.spawn",
-        "get_preparation_data",
-        _patched_preparation_data,
+    _Replacement(multiprocessing.spawn, "get_preparation_data", _patched_preparation_data),
+    *(
+        _Replacement(module, "init_process_group", _ranks.init_process_group)
+        for module in _ranks.replaced
     ),
 ]
 
@@ -101,9 +110,7 @@ def replaced() -> tuple[str, ...]:
     if _before is None:
         return ()
     return tuple(
-        f"{owner_name}.{name}"
-        for owner, owner_name, name, ours in _REPLACEMENTS
-        if owner is not multiprocessing.spawn and vars(owner).get(name) is ours
+        r.shown_as for r in _REPLACEMENTS if r.shown_as and vars(r.owner).get(r.name) is r.ours
     )
 
 
@@ -112,29 +119,41 @@ def _update() -> None:
     global _before
     wanted = _on or _blocks > 0
     if wanted and _before is None:
-        _prepare_torch()
+        for optimizer in OPTIMIZERS:
+            _wrap_step(optimizer)
         _before = [vars(r.owner).get(r.name, _MISSING) for r in _REPLACEMENTS]
-        for owner, _, name, ours in _REPLACEMENTS:
-            setattr(owner, name, ours)
+        for r in _REPLACEMENTS:
+            setattr(r.owner, r.name, r.ours)
+        _compiler.keep_torchs(
+            {
+                r.ours: before
+                for r, before in zip(_REPLACEMENTS, _before, strict=True)
+                if before is not _MISSING
+            }
+        )
+        _ranks.begin()
     elif not wanted and _before is not None:
-        for (owner, _, name, ours), before in zip(_REPLACEMENTS, _before, strict=True):
-            if vars(owner).get(name) is not ours:
+        for r, before in zip(_REPLACEMENTS, _before, strict=True):
+            if vars(r.owner).get(r.name) is not r.ours:
                 continue  # replaced since by somebody else, who may call ours
             if before is _MISSING:
-                delattr(owner, name)
+                delattr(r.owner, r.name)
             else:
-                setattr(owner, name, before)
+                setattr(r.owner, r.name, before)
         _before = None
 
 
-def _prepare_torch() -> None:
-    """Let torch do what it does once in a process, before its functions are replaced.
+def _wrap_step(optimizer: type[Optimizer]) -> None:
+    """Wrap a class's ``step``, for hooks, as torch does when the first such optimizer is made.
 
-    When the first optimizer of a class is made, torch wraps the class's ``step``, for hooks. When
-    the first optimizer of all is made, torch loads its compiler, which makes a table of torch's
-    functions.
+    Torch would wrap ours, and leave its own as it is. Making an optimizer loads torch's compiler,
+    which takes longer than torch itself.
     """
-    torch.optim.SGD([torch.empty(0, device="cpu")])
+    step: Any = optimizer.step
+    if not getattr(step, "hooked", False):
+        wrapped: Any = Optimizer.profile_hook_step(step)
+        wrapped.hooked = True
+        optimizer.step = wrapped  # type: ignore[method-assign]
 
 
 def patch() -> None:
@@ -154,9 +173,11 @@ def patch() -> None:
     fusedstep's after :func:`unpatch`.
 
     Calling it again changes nothing. It applies to all threads, to processes that are forked, and
-    to those that :mod:`multiprocessing` spawns. It does not change code that ``torch.compile`` has
-    compiled before. ``torch.jit.script`` compiles torch's own functions; ``torch.jit.trace`` and
-    ``torch.export`` record them.
+    to those that :mod:`multiprocessing` spawns; ``python -m fusedstep run`` reaches other processes
+    too. Where it is called in some ranks of a process group only, the lowest of them warns after a
+    few steps of an optimizer and names the others. It does not change code that ``torch.compile``
+    has compiled before. ``torch.jit.script`` compiles torch's own functions; ``torch.jit.trace``
+    and ``torch.export`` record them.
     """
     global _on
     with _lock:

@@ -1,4 +1,8 @@
-"""``python -m fusedstep run``: an unchanged script with torch's names patched."""
+"""``python -m fusedstep run``: an unchanged script with torch's names patched.
+
+So are they in every Python that the script starts: the folder ``_bootstrap`` comes first in the
+environment's ``PYTHONPATH``, and its ``sitecustomize`` calls :func:`join`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,10 @@ from types import ModuleType, TracebackType
 
 from fusedstep import _patch, _stats
 
-__all__ = ["run"]
+__all__ = ["join", "run"]
+
+_BOOTSTRAP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_bootstrap")
+_STATS = "FUSEDSTEP_RUN_STATS"  # set in the environment of a run with --stats
 
 _FRAMES_BEFORE_THE_SCRIPT = {
     __file__,
@@ -34,12 +41,13 @@ def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool)
         arguments: What ``sys.argv`` holds after the script.
         is_module: Whether ``target`` is a module's name.
         with_stats: Print :func:`fusedstep.stats` to stderr when the process exits. So do the
-            processes that multiprocessing starts, if they have something to tell.
+            processes that it starts, if they have something to tell.
     """
+    _reach_children(with_stats)
     _patch.patch()
     if with_stats:
         _stats.print_at_exit()
-        _patch.in_spawned.append(_stats.print_at_exit_of_child)
+        _patch.also_in_spawned(_stats.print_at_exit_of_child)
     sys.excepthook = _show_exception
     sys.argv = [target, *arguments]
     sys.modules["__main__"] = main = ModuleType("__main__")  # until the process exits
@@ -53,6 +61,24 @@ def run(target: str, arguments: list[str], *, is_module: bool, with_stats: bool)
     else:
         sys.path.insert(0, os.path.abspath(target))
         _run_module_as_main("__main__", alter_argv=False)
+
+
+def _reach_children(with_stats: bool) -> None:
+    """Have every Python that inherits this environment :func:`join`."""
+    before = os.environ.get("PYTHONPATH")
+    paths = [path for path in before.split(os.pathsep) if path != _BOOTSTRAP] if before else []
+    os.environ["PYTHONPATH"] = os.pathsep.join([_BOOTSTRAP, *paths])
+    os.environ.pop(_STATS, None)
+    if with_stats:
+        os.environ[_STATS] = "1"
+
+
+def join() -> None:
+    """Do in this process, which a run has started, what the run does in its own."""
+    _patch.patch()
+    if _STATS in os.environ:
+        _stats.print_at_exit_of_child()
+        _patch.also_in_spawned(_stats.print_at_exit_of_child)
 
 
 def _run_script(script: str, main: ModuleType) -> None:

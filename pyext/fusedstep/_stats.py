@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import Finalize, register_after_fork
 
-from fusedstep import _C, _patch, functional
+from fusedstep import _C, _patch, _ranks, _torchs_own, functional
 
 __all__ = ["Calls", "Stats", "reset_stats", "stats"]
 
@@ -93,8 +93,11 @@ class Stats:
                 f"{left:>{widths[3]}}  {why}"
             )
             lines.append(line.rstrip())
-        replaced = ", ".join(self.replaced) or "nothing"
-        return "\n".join([*lines, f"patched: {replaced}"])
+        return "\n".join([*lines, _patched(self)])
+
+
+def _patched(summary: Stats) -> str:
+    return f"patched: {', '.join(summary.replaced) or 'nothing'}"
 
 
 def stats() -> Stats:
@@ -115,25 +118,63 @@ def reset_stats() -> None:
     _C.reset_call_counts()
 
 
+_printing: Finalize | None = None  # what prints the summary at the end of this process
+_is_child = False  # which tells nothing where it has nothing to tell
+
+
 def print_at_exit() -> None:
-    """Print the summary to stderr when this process exits, and when its children do."""
-    atexit.register(_print)
-    register_after_fork(_print, lambda _: _begin_child())
+    """Print the summary to stderr when this process exits, and when its forked children do."""
+    _begin(is_child=False)
 
 
 def print_at_exit_of_child() -> None:
-    """Print the summary when this process, which multiprocessing has spawned, ends."""
-    # What is begun here, "forkserver" drops and begins anew; "spawn" does not.
-    register_after_fork(_print, lambda _: _begin_child())
-    _begin_child()
+    """Print the summary when this process, which a run has started, ends."""
+    _begin(is_child=True)
+
+
+def _begin(is_child: bool) -> None:
+    """Print once, whoever asks; where a run is within a run, as the inner one."""
+    global _is_child
+    begun = _printing is not None
+    _is_child = is_child and (_is_child or not begun)
+    _torchs_own.note()
+    if not begun:
+        register_after_fork(_print, lambda _: _begin_child())
+    # What is begun in a process that a fork server makes, it drops, and begins anew.
+    if _printing is None or not _printing.still_active():
+        _finish_by_printing()
 
 
 def _begin_child() -> None:
-    reset_stats()  # a fork has its parent's counts
-    Finalize(None, _print, kwargs={"even_if_empty": False}, exitpriority=0)
+    """In a fork, which has its parent's counts."""
+    global _is_child
+    _is_child = True
+    reset_stats()
+    _torchs_own.forget()
+    _finish_by_printing()
 
 
-def _print(even_if_empty: bool = True) -> None:
-    summary = stats()
-    if summary.calls or even_if_empty:
-        print(summary, file=sys.stderr)
+def _finish_by_printing() -> None:
+    # multiprocessing's own way to end, which its children take too: they run no exit handlers.
+    global _printing
+    _printing = Finalize(None, _print, exitpriority=0)
+
+
+def _print() -> None:
+    summary, used = stats(), _torchs_own.used()
+    silent = _is_child or "torch.distributed.launcher" in sys.modules  # torchrun starts ranks only
+    if silent and not summary.calls and not used:
+        return
+    rank = _ranks.this_rank()
+    who = f"process {os.getpid()}" + (f", rank {rank[0]} of {rank[1]}" if rank else "")
+    # At once, so that the lines of several processes do not mix.
+    sys.stderr.write(f"fusedstep in {who}:\n{_report(summary, used)}\n")
+
+
+def _report(summary: Stats, used: Sequence[str]) -> str:
+    """The table, and what the process used that has no place in it."""
+    names = " and ".join(filter(None, [", ".join(used[:-1]), *used[-1:]]))
+    if summary.calls:
+        return str(summary) + (f"\nnot replaced: {names}" if used else "")
+    instead = f": this script used {names}, which fusedstep does not replace" if used else ""
+    return f"none of its kernels ran{instead}\n{_patched(summary)}"
