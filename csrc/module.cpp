@@ -218,4 +218,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     for (auto [node, name] : fusedstep::pointwise_loss::backward_node_types()) {
         register_node_type(*node, name);
     }
+    register_node_type(fusedstep::pointwise_loss::double_backward_node_type(),
+                       "PointwiseLossBackwardBackward0");
 }

@@ -152,6 +152,14 @@ ROWS = CROSS_ENTROPY | {
         ignores=True,
     ),
 }
+ELEMENTS: dict[str, tuple[str, dict[str, float]]] = {
+    "l1": ("l1_loss", {}),
+    "mse": ("mse_loss", {}),
+    "smooth l1": ("smooth_l1_loss", {"beta": 0.75}),
+    "huber": ("huber_loss", {"delta": 0.75}),
+    "bce": ("binary_cross_entropy_with_logits", {}),
+    "weighted bce": ("binary_cross_entropy_with_logits", {"weight": 2.0, "pos_weight": 3.0}),
+}
 INDEXED = {name: row for name, row in ROWS.items() if row.ignores}
 
 
@@ -166,8 +174,8 @@ class Drawn:
     def derivatives(
         self, which: str, dtype: torch.dtype, order: int, by_grad_output: bool = False
     ) -> list[Tensor]:
-        """Along fixed directions, by the operands and perhaps by what the loss is multiplied
-        with."""
+        """Of functions of the derivatives below, by the operands and perhaps by what the loss is
+        multiplied with."""
         generator = torch.Generator().manual_seed(0)
         leaves = [t.detach().to(dtype).requires_grad_() for t in self.operands]
         value = getattr(self, which)(*leaves)
@@ -178,10 +186,14 @@ class Drawn:
             leaves.append(g)
         found = []
         for _ in range(order):
+            if not value.requires_grad:  # nothing is left of an L1 loss
+                break
             grads = torch.autograd.grad(value, leaves, create_graph=True)
             found += [grad.detach() for grad in grads]
             value = sum(
-                (grad * torch.randn(grad.shape, generator=generator, dtype=F64).to(grad)).sum()
+                (
+                    grad.sin() * torch.randn(grad.shape, generator=generator, dtype=F64).to(grad)
+                ).sum()
                 for grad in grads
             )
         return found
@@ -199,27 +211,57 @@ def draw_rows(row: Row, shape: tuple[int, ...], reduction: str, device: str) -> 
     return Drawn(partial(call, row.ours), partial(call, row.native), [logits])
 
 
+def draw_elements(
+    name: str, shape: tuple[int, ...], reduction: str, device: str, both: bool = True
+) -> Drawn:
+    """Of input and target where torch differentiates both and `both` wants it, else of input.
+
+    Steps of 1/4, so that differences are 0, or at the corner of a loss, now and then.
+    """
+    function, numbers = ELEMENTS[name]
+    x = torch.randint(-8, 8, shape, device=device) / 4
+    t = torch.randint(0, 5, shape, device=device) / 4
+    both = both and "bce" not in name
+
+    def call(function: Loss, x: Tensor, t: Tensor = t) -> Tensor:
+        options: dict[str, Any] = {"reduction": reduction}
+        for key, value in numbers.items():
+            weight = torch.linspace(1, value, x.shape[-1] if x.dim() else 1)
+            options[key] = weight.to(x).view(x.shape[-1:]) if "weight" in key else value
+        return function(x, t.to(x), **options)
+
+    ours, theirs = getattr(F, function), getattr(native, function)
+    return Drawn(partial(call, ours), partial(call, theirs), [x, t] if both else [x])
+
+
+def draw(name: str, shape: tuple[int, ...], reduction: str, device: str) -> Drawn:
+    """Of any loss here."""
+    if name in ELEMENTS:
+        return draw_elements(name, shape, reduction, device)
+    return draw_rows(ROWS[name], shape, reduction, device)
+
+
 # ------------------------------------------------------------------ values
 
 
 @pytest.mark.parametrize("by_grad_output", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *ELEMENTS])
 def test_three_derivatives_like_torch(
     name: str, reduction: str, by_grad_output: bool, device: str
 ) -> None:
     for shape in SHAPES:
-        drawn = draw_rows(ROWS[name], shape, reduction, device)
+        drawn = draw(name, shape, reduction, device)
         ours, theirs = (drawn.derivatives(w, F64, 3, by_grad_output) for w in ("ours", "native"))
         torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *ELEMENTS])
 def test_two_derivatives_of_each_dtype(name: str, dtype: torch.dtype, device: str) -> None:
     """Each in the dtype of its operand, and no further from float64 than that rounds."""
     for reduction in REDUCTIONS:
-        drawn = draw_rows(ROWS[name], (5, 3), reduction, device)
+        drawn = draw(name, (5, 3), reduction, device)
         drawn.operands = [t.to(dtype).double() for t in drawn.operands]
         ours, exact = drawn.derivatives("ours", dtype, 2), drawn.derivatives("native", F64, 2)
         assert {grad.dtype for grad in ours} == {dtype}
@@ -277,18 +319,53 @@ def test_forward_mode_over_what_arrives(name: str, device: str) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("name", CROSS_ENTROPY)
+@pytest.mark.parametrize("name", [*CROSS_ENTROPY, *ELEMENTS])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_first_gradient_is_the_kernels(name: str, dtype: torch.dtype, device: str) -> None:
     for reduction in REDUCTIONS:
-        drawn = draw_rows(ROWS[name], (9, 19), reduction, device)
-        x = drawn.operands[0].to(dtype).requires_grad_()
-        loss = drawn.ours(x)
+        drawn = draw(name, (9, 19), reduction, device)
+        leaves = [t.to(dtype).requires_grad_() for t in drawn.operands]
+        loss = drawn.ours(*leaves)
         g = torch.rand_like(loss)
-        (kept,) = torch.autograd.grad(loss, x, g, create_graph=True)
-        (plain,) = torch.autograd.grad(loss, x, g)
-        assert kept.requires_grad and kept.data_ptr() != plain.data_ptr()
-        identical(kept.detach(), plain)
+        kept = torch.autograd.grad(loss, leaves, g, create_graph=True)
+        plain = torch.autograd.grad(loss, leaves, g)
+        assert all(grad.requires_grad for grad in kept)
+        identical([grad.detach() for grad in kept], list(plain))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_each_operand_alone(name: str, reduction: str, device: str) -> None:
+    """The gradient of one operand depends on both; one may be a function of the other."""
+    drawn = draw_elements(name, (4, 3), reduction, device, both=True)
+    if len(drawn.operands) == 1:
+        pytest.skip("torch's own computes the gradient of this target")
+    for wanted, tied in itertools.product(([0], [1], [0, 1]), (False, True)):
+        results = []
+        for function in (drawn.ours, drawn.native):
+            leaves = [t.double().requires_grad_() for t in drawn.operands]
+            loss = function(leaves[0], leaves[0] * leaves[1] if tied else leaves[1]).sum()
+            grads = torch.autograd.grad(loss, [leaves[i] for i in wanted], create_graph=True)
+            value = sum((k + 1) * grad.sin().sum() for k, grad in enumerate(grads))
+            results.append([g.detach() for g in grads] + [*torch.autograd.grad(value, leaves)])
+        torch.testing.assert_close(*results)
+
+
+def test_second_derivatives_of_both_tails(device: str) -> None:
+    """A binary cross-entropy's s (1 - s) is about exp(-|x|), wherever that is no subnormal."""
+    x = torch.tensor([-80.0, -30.0, -1.0, 0.0, 1.0, 30.0, 80.0], device=device, requires_grad=True)
+    for t, q in itertools.product((0.0, 0.5, 1.0), (None, 3.0)):
+        loss = F.binary_cross_entropy_with_logits(
+            x,
+            torch.full_like(x, t),
+            reduction="sum",
+            pos_weight=None if q is None else torch.tensor(q, device=device),
+        )
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), x)
+        s = x.detach().double().abs().neg().sigmoid()
+        exact = s * (1 - s) * (1 - t + (1 if q is None else q) * t)
+        torch.testing.assert_close(second.double(), exact, rtol=1e-6, atol=0)
 
 
 # ------------------------------------------------------------------ rows that are ignored
@@ -375,10 +452,10 @@ def twice(loss: Tensor, x: Tensor) -> Tensor:
     return torch.autograd.grad(grad.square().sum(), x)[0]
 
 
-@pytest.mark.parametrize("name", CROSS_ENTROPY)
+@pytest.mark.parametrize("name", [*CROSS_ENTROPY, *ELEMENTS])
 def test_hooks_and_retained_gradients(name: str, device: str) -> None:
-    """Of logits that are no leaf: called once in each pass, with what torch gives them."""
-    drawn = draw_rows(ROWS[name], (5, 3), "mean", device)
+    """Of an input that is no leaf: called once in each pass, with what torch gives them."""
+    drawn = draw(name, (5, 3), "mean", device)
     results = []
     for function in (drawn.ours, drawn.native):
         leaf = drawn.operands[0].double().requires_grad_()
@@ -396,13 +473,19 @@ def test_hooks_and_retained_gradients(name: str, device: str) -> None:
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("name", ["weighted and smoothed", "probabilities", "focal"])
-def test_checkpoints(name: str, device: str) -> None:
-    drawn = draw_rows(ROWS[name], (5, 3), "mean", device)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "name", ["weighted and smoothed", "probabilities", "focal", "huber", "bce"]
+)
+def test_checkpoints(name: str, reduction: str, device: str) -> None:
+    """What a checkpoint saved may be unpacked once in each pass."""
+    drawn = draw(name, (5, 3), reduction, device)
+    target = drawn.operands[1:]
     results = []
     for run in (lambda f, x: f(x), partial(checkpoint, use_reentrant=False)):
-        x = drawn.operands[0].double().requires_grad_()
-        results.append(twice(run(lambda x: drawn.ours(x.tanh() * 2), x), x))
+        x = drawn.operands[0].clone().requires_grad_()
+        loss = run(lambda x: drawn.ours(x.tanh() * 2, *target), x)
+        results.append(twice(loss.sum(), x))
     torch.testing.assert_close(*results)
 
 
@@ -432,14 +515,14 @@ def test_a_graph_is_freed(device: str) -> None:
         torch.autograd.grad(grad.sum(), x)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *ELEMENTS])
 def test_batched_gradients(name: str, device: str) -> None:
     """``is_grads_batched``: a Hessian in one call, and a batch of first gradients with a graph."""
-    drawn = draw_rows(ROWS[name], (3, 2), "mean", device)
+    drawn = draw(name, (3, 2), "mean", device)
     results = []
     for function in (drawn.ours, drawn.native):
         x = drawn.operands[0].double().requires_grad_()
-        loss = function(x)
+        loss = function(x, *drawn.operands[1:])
         (grad,) = torch.autograd.grad(loss, x, create_graph=True)
         basis = torch.eye(6, dtype=F64, device=device).view(6, 3, 2)
         (hessian,) = torch.autograd.grad(grad, x, basis, is_grads_batched=True, retain_graph=True)
@@ -450,38 +533,42 @@ def test_batched_gradients(name: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("patched", [False, True])
-@pytest.mark.parametrize("name", CROSS_ENTROPY)
+@pytest.mark.parametrize("name", [*CROSS_ENTROPY, *ELEMENTS])
 def test_compiled_and_patched(name: str, patched: bool, device: str) -> None:
     """Dynamo's own backend runs the graph eagerly, so it may be differentiated twice."""
-    drawn = draw_rows(ROWS[name], (5, 3), "mean", device)
+    drawn = draw(name, (5, 3), "mean", device)
     expected = drawn.derivatives("native", F64, 3)
     with fusedstep.patched() if patched else nullcontext():
         if patched:
-            drawn.ours = partial(drawn.ours.func, native.cross_entropy)
+            torch_name = ELEMENTS[name][0] if name in ELEMENTS else "cross_entropy"
+            drawn.ours = partial(drawn.ours.func, getattr(native, torch_name))
         torch.testing.assert_close(drawn.derivatives("ours", F64, 3), expected)
+        torch.compiler.reset()
         drawn.ours = torch.compile(drawn.ours, backend="eager", fullgraph=True)
         torch.testing.assert_close(drawn.derivatives("ours", F64, 3), expected)
 
 
 def test_compiled_autograd_of_the_second(device: str) -> None:
-    for name in CROSS_ENTROPY:
-        drawn = draw_rows(ROWS[name], (5, 3), "mean", device)
-        x = drawn.operands[0].double().requires_grad_()
-        expected = twice(drawn.ours(x), x)
-        (grad,) = torch.autograd.grad(drawn.ours(x), x, create_graph=True)
+    for name in ("weighted and smoothed", "probabilities", "mse", "weighted bce"):
+        drawn = draw(name, (5, 3), "mean", device)
+        x, target = drawn.operands[0].double().requires_grad_(), drawn.operands[1:]
+        expected = twice(drawn.ours(x, *target), x)
+        (grad,) = torch.autograd.grad(drawn.ours(x, *target), x, create_graph=True)
         value = grad.square().sum()
         with torch._dynamo.compiled_autograd._enable(partial(torch.compile, backend="eager")):
             value.backward()
         torch.testing.assert_close(x.grad, expected)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [*ROWS, *ELEMENTS])
 def test_counted_once(name: str, device: str) -> None:
-    drawn = draw_rows(ROWS[name], (5, 3), "mean", device)
+    drawn = draw(name, (5, 3), "mean", device)
     x = drawn.operands[0].requires_grad_()
     fusedstep.reset_stats()
-    (grad,) = torch.autograd.grad(drawn.ours(x), x, create_graph=True)
-    torch.autograd.grad(grad.sum(), x, create_graph=True)[0].sum().backward()
+    (grad,) = torch.autograd.grad(drawn.ours(*drawn.operands), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sin().sum(), x, create_graph=True)
+    if second.requires_grad:
+        second.sum().backward()
     stats = fusedstep.stats()
     assert (stats.fused, stats.fell_back) == (1, 1)
     assert [calls.fallbacks for calls in stats.calls if calls.fell_back] == [{REASON: 1}]
@@ -503,3 +590,13 @@ def test_no_loss_is_computed_on_the_way(name: str, reduction: str, device: str) 
     ran = operators_run(lambda: twice(drawn.ours(x).sum(), x))
     assert ran["aten::_softmax"] == ran["aten::_softmax_backward_data"] == 1
     assert not [name for name in ran if "log_softmax" in name or "aten::nll" in name]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", ELEMENTS)
+def test_no_loss_of_elements_is_computed_on_the_way(name: str, reduction: str, device: str) -> None:
+    drawn = draw_elements(name, (10, 5), reduction, device, both=False)
+    x = drawn.operands[0].requires_grad_()
+    ran = operators_run(lambda: twice(drawn.ours(x).sum(), x))
+    assert not [name for name in ran if "_loss" in name and name.startswith("aten::")]
+    assert ran["aten::sigmoid_"] + ran["aten::sigmoid"] == ("bce" in name)

@@ -39,7 +39,8 @@ std::optional<at::Tensor> focal_loss(const at::Tensor& logits, const at::Tensor&
 // has met since the last such error. On other devices there is nothing to check.
 void check_targets(c10::Device device);
 
-// The types of the autograd nodes, so that Python can show their names.
+// The types of the autograd nodes, so that Python can show their names; the second is that of a
+// gradient with create_graph=True.
 const std::type_info& backward_node_type();
 const std::type_info& double_backward_node_type();
 

@@ -16,6 +16,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/softmax.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
@@ -545,63 +546,6 @@ const auto& backward_op() {
 
 // ---- Autograd ----
 
-// The gradient as a function of the logits, in a graph: what CrossEntropyBackward0 gives with
-// create_graph=True where what arrived needs no gradient itself.
-struct CrossEntropyBackwardBackward0 final : TraceableNode<CrossEntropyBackwardBackward0, 1> {
-    SavedVariable logits;
-    SavedVariable target;
-    SavedVariable weight;
-    bool has_weight = false;
-    Options options{};
-    SavedVariable grad_loss;
-
-    std::string name() const override { return "CrossEntropyBackwardBackward0"; }
-
-    template <class F>
-    void visit(const F& f) {
-        f(logits), f(target), f(weight), f(has_weight), f(options.reduction);
-        f(options.ignore_index), f(options.label_smoothing), f(grad_loss);
-    }
-
-    void release_variables() override {
-        std::lock_guard<std::mutex> lock(mutex_);
-        logits.reset_data();
-        target.reset_data();
-        weight.reset_data();
-        grad_loss.reset_data();
-        released_ = true;
-    }
-
-    variable_list apply(variable_list&& v) override {
-        std::lock_guard<std::mutex> lock(mutex_);
-        TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
-        if (!v[0].defined() || !wanted_gradients()[0]) return {Tensor()};
-        if (!is_differentiated(v)) return gradients(v, {true});
-        c10::AutoGradMode const with_graph(true);
-        Tensor const x = logits.unpack().alias();  // without the hooks of the logits
-        Tensor const gradient = differentiable_gradient(
-            grad_loss.unpack(), Tensor(), x, target.unpack(), unpacked_weight(), options);
-        return torch::autograd::grad({gradient}, {x}, {v[0]}, /*retain_graph=*/true,
-                                     /*create_graph=*/true);
-    }
-
-    variable_list gradients(const variable_list& v, Wanted) {
-        Tensor const x = logits.unpack();
-        Tensor const y = target.unpack();
-        Tensor const k = grad_loss.unpack();
-        OptionalTensor const w = unpacked_weight();
-        at::AutoDispatchBelowADInplaceOrView below_autograd;
-        return {second_derivative(v[0], k, x, y, w, options)};
-    }
-
-private:
-    bool released_ = false;
-
-    OptionalTensor unpacked_weight() const {
-        return has_weight ? OptionalTensor(weight.unpack()) : std::nullopt;
-    }
-};
-
 struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     SavedVariable logits;
     SavedVariable target;
@@ -658,11 +602,9 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
     Tensor recomputed(const Tensor& grad_output) {
         TORCH_CHECK(stats.defined(), torch::autograd::ERR_BACKWARD_TWICE);
         // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
-        Tensor const saved_logits = logits.unpack();
-        Tensor const saved_target = target.unpack();
-        OptionalTensor const saved_weight = unpacked_weight();
+        Operands const saved = operands_ ? *operands_ : saved_operands();
         at::AutoDispatchBelowADInplaceOrView below_autograd;
-        return backward_op().call(grad_output, saved_logits, saved_target, saved_weight,
+        return backward_op().call(grad_output, saved.logits, saved.target, saved.weight,
                                   options.ignore_index, options.label_smoothing, stats);
     }
 
@@ -676,9 +618,14 @@ struct CrossEntropyBackward0 final : TraceableNode<CrossEntropyBackward0, 1> {
 
 private:
     bool released_ = false;
+    const Operands* operands_ = nullptr;  // unpacked already: a checkpoint lets that happen once
 
     OptionalTensor unpacked_weight() const {
         return has_weight ? OptionalTensor(weight.unpack()) : std::nullopt;
+    }
+
+    Operands saved_operands() const {
+        return {logits.unpack(), target.unpack(), unpacked_weight()};
     }
 
     // p_c times the gradient of lse.
@@ -698,34 +645,22 @@ private:
     // The same gradient as a differentiable function of logits and what arrived.
     Tensor differentiable(const variable_list& grad_outputs) {
         c10::AutoGradMode const with_graph(true);
-        Tensor const x = logits.unpack();
-        Tensor const y = target.unpack();
-        OptionalTensor const w = unpacked_weight();
+        Operands const saved = saved_operands();
         bool const with_lse = grad_outputs.size() > 1;
-        calls_of(options.gamma, with_lse).fell_back(x.device(), kDifferentiableBackward);
+        calls_of(options.gamma, with_lse).fell_back(saved.logits.device(), kDifferentiableBackward);
         const Tensor& grad_loss = grad_outputs[0];
         Tensor const grad_lse = with_lse ? grad_outputs[1] : Tensor();
-        bool const constant = grad_loss.defined() && !grad_loss.requires_grad() &&
-                              !is_wrapped(grad_loss) &&
-                              !torch::autograd::isFwGradDefined(grad_loss);
-        if (!constant || grad_lse.defined() || options.z_loss != 0 ||
-            options.gamma.value_or(0) != 0 || symbolic || is_symbolic(grad_loss) ||
-            in_dispatch_mode() || in_functorch()) {
-            return differentiable_gradient(grad_loss, grad_lse, x, y, w, options);
+        bool const is_cross_entropy = options.z_loss == 0 && options.gamma.value_or(0) == 0;
+        if (!is_cross_entropy || symbolic || grad_lse.defined() || !is_constant(grad_loss)) {
+            return differentiable_gradient(grad_loss, grad_lse, saved, options);
         }
-        auto node = make_node<CrossEntropyBackwardBackward0>();
-        node->set_next_edges(torch::autograd::collect_next_edges(x));
-        node->logits = SavedVariable(x, /*is_output=*/false);
-        node->target = SavedVariable(y, /*is_output=*/false);
-        node->has_weight = has_weight;
-        if (w) node->weight = SavedVariable(*w, /*is_output=*/false);
-        node->options = options;
-        node->grad_loss = SavedVariable(grad_loss, /*is_output=*/false);
+        operands_ = &saved;
+        auto const forget = c10::make_scope_exit([this] { operands_ = nullptr; });
         Tensor result = [&] {
             c10::NoGradGuard const values;
             return gradients(grad_outputs, {true})[0];
         }();
-        torch::autograd::set_history(result, node);
+        make_differentiable(result, grad_loss, saved, options);
         return result;
     }
 };
@@ -782,7 +717,7 @@ LossAndLse fused_or_composed(const Tensor& logits, const Tensor& target,
     auto result = fused_where_covered(logits, target, weight, options, with_lse);
     if (result) return *std::move(result);
     calls_of(options.gamma, with_lse).fell_back(logits.device(), result.why_not());
-    auto [loss, lse] = composed(logits, target, weight, options);
+    auto [loss, lse] = composed({logits, target, weight}, options);
     if (is_narrow(logits.scalar_type()) && !in_autocast(logits) &&
         (is_class_index(target) || target.scalar_type() == logits.scalar_type())) {
         loss = loss.to(logits.scalar_type());
@@ -882,8 +817,6 @@ void check_targets([[maybe_unused]] c10::Device device) {
 }
 
 const std::type_info& backward_node_type() { return typeid(CrossEntropyBackward0); }
-
-const std::type_info& double_backward_node_type() { return typeid(CrossEntropyBackwardBackward0); }
 
 TORCH_LIBRARY_FRAGMENT(fusedstep, m) {
     m.set_python_module("fusedstep.fakes");

@@ -9,16 +9,27 @@
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <algorithm>
 #include <limits>
+#include <mutex>
+#include <string>
 
 #include "core/reduction.h"
+#include "cross_entropy/binding.h"
+#include "torch_glue/node.h"
+#include "torch_glue/traceable_node.h"
 
 namespace fusedstep::cross_entropy {
 namespace {
 
 using at::Tensor;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
 
 bool is_reduced_by(const Options& options, Reduction reduction) {
     return options.reduction == static_cast<std::int64_t>(reduction);
@@ -39,7 +50,7 @@ public:
     Tensor ignored;  // undefined where it is known that none is
 
     IndexedRows(const Tensor& logits, const Tensor& target, std::int64_t ignore_index)
-        : given_(target.to(at::kLong).reshape_symint(index_shape(logits))),
+        : given_(converted(target, at::kLong).reshape_symint(index_shape(logits))),
           ignore_index_(ignore_index),
           class_dim_(class_dim(logits)) {
         if (is_readable(given_)) {
@@ -122,18 +133,18 @@ struct Factors {
     Tensor k;
     Tensor r;  // undefined where it is 1
 
-    Factors(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-            const OptionalTensor& weight, const Options& options)
-        : target_(target),
-          class_dim_(class_dim(logits)),
-          type_(accumulate_type(logits.scalar_type())),
+    Factors(const Tensor& grad_loss, const Operands& operands, const Options& options)
+        : target_(operands.target),
+          class_dim_(class_dim(operands.logits)),
+          type_(accumulate_type(operands.logits.scalar_type())),
           keep_(1 - options.label_smoothing) {
+        const auto& [logits, target, weight] = operands;
         c10::SymInt const classes = class_count(logits);
         per_class_ = c10::SymFloat(options.label_smoothing) / c10::SymFloat(classes);
         if (is_class_index(target)) rows.emplace(logits, target, options.ignore_index);
         if (!grad_loss.defined()) return;
         if (is_given(weight)) {
-            w_ = weight->to(type_);
+            w_ = converted(*weight, type_);
             c10::SymDimVector shape(static_cast<std::size_t>(logits.dim() - class_dim_), 1);
             shape[0] = classes;
             w_of_class_ = w_->reshape_symint(shape);
@@ -145,7 +156,7 @@ struct Factors {
                 r = r.masked_fill(invalid, std::numeric_limits<double>::quiet_NaN());
             }
         }
-        k = grad_loss.to(type_);
+        k = converted(grad_loss, type_);
         if (is_reduced_by(options, Reduction::mean)) {
             k = r.defined() ? k / r.sum(at::kDouble) : k / at::Scalar(logits.sym_numel() / classes);
         }
@@ -197,7 +208,7 @@ private:
 
     // u of class probabilities.
     Tensor probabilities() const {
-        Tensor u = target_.to(type_);
+        Tensor u = converted(target_, type_);
         if (keep_ != 1) u = u * keep_ + per_class_;
         return w_ ? u * w_of_class_ : u;
     }
@@ -216,6 +227,76 @@ Tensor focal_factor(const Tensor& minus_log_p, double gamma) {
         .masked_fill(impossible, 1);
 }
 
+// What backward of the gradient of a cross-entropy gives the logits for v, in their type. The
+// values alone. The derivative of k (U p_c - u_c) along v is k U p_c (v_c - sum_j p_j v_j):
+// softmax's.
+Tensor second_derivative(const Tensor& v, const Tensor& grad_loss, const Operands& operands,
+                         const Options& options) {
+    const Tensor& logits = operands.logits;
+    std::int64_t const dim = class_dim(logits);
+    at::ScalarType const type = accumulate_type(logits.scalar_type());
+    Factors const of(grad_loss, operands, options);
+    Tensor const p = at::softmax(logits, dim, type);
+    Tensor const scaled = converted(v, type) * of.target_sum();
+    Tensor const unmasked = at::_softmax_backward_data(scaled, p, dim, type);
+    Tensor const result = of.rows ? of.rows->masked(unmasked) : unmasked;
+    return converted(result, logits.scalar_type());
+}
+
+// The gradient of a cross-entropy as a function of the logits.
+struct CrossEntropyBackwardBackward0 final : TraceableNode<CrossEntropyBackwardBackward0, 1> {
+    SavedVariable logits;
+    SavedVariable target;
+    SavedVariable weight;
+    bool has_weight = false;
+    Options options{};
+    SavedVariable grad_loss;
+
+    std::string name() const override { return "CrossEntropyBackwardBackward0"; }
+
+    template <class F>
+    void visit(const F& f) {
+        f(logits), f(target), f(weight), f(has_weight), f(options.reduction);
+        f(options.ignore_index), f(options.label_smoothing), f(grad_loss);
+    }
+
+    void release_variables() override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        logits.reset_data();
+        target.reset_data();
+        weight.reset_data();
+        grad_loss.reset_data();
+        released_ = true;
+    }
+
+    variable_list apply(variable_list&& v) override {
+        std::lock_guard<std::mutex> lock(mutex_);
+        TORCH_CHECK(!released_, torch::autograd::ERR_BACKWARD_TWICE);
+        if (!v[0].defined() || !wanted_gradients()[0]) return {Tensor()};
+        if (!is_differentiated(v)) return gradients(v, {true});
+        c10::AutoGradMode const with_graph(true);
+        Tensor const x = logits.unpack().alias();  // without the hooks of the logits
+        Tensor const gradient = differentiable_gradient(
+            grad_loss.unpack(), Tensor(), {x, target.unpack(), unpacked_weight()}, options);
+        return torch::autograd::grad({gradient}, {x}, {v[0]}, /*retain_graph=*/true,
+                                     /*create_graph=*/true);
+    }
+
+    variable_list gradients(const variable_list& v, Wanted) {
+        Operands const saved{logits.unpack(), target.unpack(), unpacked_weight()};
+        Tensor const k = grad_loss.unpack();
+        at::AutoDispatchBelowADInplaceOrView below_autograd;
+        return {second_derivative(v[0], k, saved, options)};
+    }
+
+private:
+    bool released_ = false;
+
+    OptionalTensor unpacked_weight() const {
+        return has_weight ? OptionalTensor(weight.unpack()) : std::nullopt;
+    }
+};
+
 }  // namespace
 
 c10::SymDimVector index_shape(const Tensor& logits) {
@@ -226,11 +307,11 @@ c10::SymDimVector index_shape(const Tensor& logits) {
     return shape;
 }
 
-LossAndLse composed(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                    const Options& options) {
-    Tensor x = is_narrow(logits.scalar_type()) ? logits.to(at::kFloat) : logits;
+LossAndLse composed(const Operands& operands, const Options& options) {
+    const auto& [logits, target, weight] = operands;
+    Tensor x = is_narrow(logits.scalar_type()) ? converted(logits, at::kFloat) : logits;
     OptionalTensor w;
-    if (is_given(weight)) w = weight->to(x.scalar_type());
+    if (is_given(weight)) w = converted(*weight, x.scalar_type());
     // What does not fit is torch's to refuse.
     std::optional<IndexedRows> rows;
     if (is_class_index(target) && class_count(x) != 0 && target.device() == x.device() &&
@@ -271,10 +352,10 @@ LossAndLse composed(const Tensor& logits, const Tensor& target, const OptionalTe
 }
 
 Tensor differentiable_gradient(const Tensor& grad_loss, const Tensor& grad_lse,
-                               const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, const Options& options) {
+                               const Operands& operands, const Options& options) {
+    const Tensor& logits = operands.logits;
     std::int64_t const dim = class_dim(logits);
-    Factors const of(grad_loss, logits, target, weight, options);
+    Factors const of(grad_loss, operands, options);
     Tensor x = logits.to(accumulate_type(logits.scalar_type()));
     if (of.rows) x = of.rows->masked(x);
     double const gamma = options.gamma.value_or(0);
@@ -299,21 +380,22 @@ Tensor differentiable_gradient(const Tensor& grad_loss, const Tensor& grad_lse,
         result = result.defined() ? result + through_lse : through_lse;
     }
     if (of.rows) result = of.rows->masked(result);
-    return result.to(logits.scalar_type());
+    return converted(result, logits.scalar_type());
 }
 
-// The derivative of k (U p_c - u_c) along v is k U p_c (v_c - sum_j p_j v_j): softmax's.
-Tensor second_derivative(const Tensor& v, const Tensor& grad_loss, const Tensor& logits,
-                         const Tensor& target, const OptionalTensor& weight,
+void make_differentiable(Tensor& gradient, const Tensor& grad_loss, const Operands& operands,
                          const Options& options) {
-    std::int64_t const dim = class_dim(logits);
-    at::ScalarType const type = accumulate_type(logits.scalar_type());
-    Factors const of(grad_loss, logits, target, weight, options);
-    Tensor const p = at::softmax(logits, dim, type);
-    Tensor const scaled = v.to(type) * of.target_sum();
-    Tensor const unmasked = at::_softmax_backward_data(scaled, p, dim, type);
-    Tensor const result = of.rows ? of.rows->masked(unmasked) : unmasked;
-    return result.to(logits.scalar_type());
+    auto node = make_node<CrossEntropyBackwardBackward0>();
+    node->set_next_edges(torch::autograd::collect_next_edges(operands.logits));
+    node->logits = SavedVariable(operands.logits, /*is_output=*/false);
+    node->target = SavedVariable(operands.target, /*is_output=*/false);
+    node->has_weight = is_given(operands.weight);
+    if (node->has_weight) node->weight = SavedVariable(*operands.weight, /*is_output=*/false);
+    node->options = options;
+    node->grad_loss = SavedVariable(grad_loss, /*is_output=*/false);
+    torch::autograd::set_history(gradient, node);
 }
+
+const std::type_info& double_backward_node_type() { return typeid(CrossEntropyBackwardBackward0); }
 
 }  // namespace fusedstep::cross_entropy

@@ -33,6 +33,13 @@ inline c10::SymInt class_count(const at::Tensor& logits) {
 // The shape of class indices for these logits: theirs without the class dimension.
 c10::SymDimVector index_shape(const at::Tensor& logits);
 
+// What a loss is computed of; target and weight are constants.
+struct Operands {
+    at::Tensor logits;
+    at::Tensor target;
+    OptionalTensor weight;
+};
+
 struct LossAndLse {
     at::Tensor loss;
     at::Tensor lse;
@@ -40,22 +47,19 @@ struct LossAndLse {
 
 // What the kernels compute, as a differentiable function. Raises torch's errors. The loss is in the
 // logits' type or a wider one, lse in the type that is computed in.
-LossAndLse composed(const at::Tensor& logits, const at::Tensor& target,
-                    const OptionalTensor& weight, const Options& options);
+LossAndLse composed(const Operands& operands, const Options& options);
 
 // The gradient with respect to the logits, in their type, as a differentiable function of them and
-// of what arrived for the loss and for lse (one of which may be undefined); target and weight are
-// constants. Closed formulas, so that no loss is computed on the way. Exactly 0 in an ignored row,
-// whatever its logits and whatever arrived, and so are all its derivatives.
+// of what arrived for the loss and for lse (one of which may be undefined). Closed formulas, so
+// that no loss is computed on the way. Exactly 0 in an ignored row, whatever its logits and
+// whatever arrived, and so are all its derivatives.
 at::Tensor differentiable_gradient(const at::Tensor& grad_loss, const at::Tensor& grad_lse,
-                                   const at::Tensor& logits, const at::Tensor& target,
-                                   const OptionalTensor& weight, const Options& options);
+                                   const Operands& operands, const Options& options);
 
-// What backward of the gradient of a cross-entropy (without z_loss, gamma or what arrived for lse)
-// gives the logits for v, in their type. Its values alone: below autograd. Exactly 0 in an ignored
-// row, too.
-at::Tensor second_derivative(const at::Tensor& v, const at::Tensor& grad_loss,
-                             const at::Tensor& logits, const at::Tensor& target,
-                             const OptionalTensor& weight, const Options& options);
+// Makes the values that a kernel has computed of this gradient, for a cross-entropy (without z_loss
+// and gamma) and with nothing arrived for lse, a function of the logits in autograd's graph.
+// grad_loss is a constant.
+void make_differentiable(at::Tensor& gradient, const at::Tensor& grad_loss,
+                         const Operands& operands, const Options& options);
 
 }  // namespace fusedstep::cross_entropy

@@ -23,4 +23,7 @@ std::optional<at::Tensor> pointwise_loss(const at::Tensor& input, const at::Tens
 // The type of each loss's autograd node, and the name that Python is to show.
 std::vector<std::pair<const std::type_info*, const char*>> backward_node_types();
 
+// The type of the node of a gradient with create_graph=True.
+const std::type_info& double_backward_node_type();
+
 }  // namespace fusedstep::pointwise_loss

@@ -9,15 +9,11 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/binary_cross_entropy_with_logits.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/huber_loss.h>
-#include <ATen/ops/l1_loss.h>
-#include <ATen/ops/mse_loss.h>
 #include <ATen/ops/neg.h>
-#include <ATen/ops/smooth_l1_loss.h>
 #include <c10/core/GradMode.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/function.h>
@@ -37,6 +33,7 @@
 #include "core/reduction.h"
 #include "pointwise_loss/binding.h"
 #include "pointwise_loss/pointwise_loss.h"
+#include "pointwise_loss/torch_operators.h"
 #include "torch_glue/coverage.h"
 #include "torch_glue/cuda.h"
 #include "torch_glue/gradient_memory.h"
@@ -74,23 +71,6 @@ std::array<Loss, 5> losses{
 
 Loss& loss_of(std::int64_t kind) { return losses.at(static_cast<std::size_t>(kind)); }
 CallCounter& calls(std::int64_t kind) { return loss_of(kind).calls; }
-
-// The tensors and numbers of one call.
-struct Call {
-    Tensor input;
-    Tensor target;
-    OptionalTensor weight;
-    OptionalTensor pos_weight;
-    Kind kind;
-    Reduction reduction;
-    double parameter;
-
-    bool is_reduced() const { return reduction != Reduction::none; }
-    // Of the reduced loss.
-    double divisor() const {
-        return reduction == Reduction::mean ? static_cast<double>(input.numel()) : 1.0;
-    }
-};
 
 // Of beta or delta, where there is one.
 bool fits_kernels(Kind kind, double parameter) {
@@ -427,38 +407,7 @@ const auto& backward_op() {
     return op;
 }
 
-Tensor torch_loss(const Call& call) {
-    auto const reduction = static_cast<std::int64_t>(call.reduction);
-    switch (call.kind) {
-        case Kind::l1:
-            return at::l1_loss(call.input, call.target, reduction);
-        case Kind::mse:
-            return at::mse_loss(call.input, call.target, reduction);
-        case Kind::smooth_l1:
-            return at::smooth_l1_loss(call.input, call.target, reduction, call.parameter);
-        case Kind::huber:
-            return at::huber_loss(call.input, call.target, reduction, call.parameter);
-        case Kind::bce_with_logits:
-        case Kind::weighted_bce:
-            break;
-    }
-    return at::binary_cross_entropy_with_logits(call.input, call.target, call.weight,
-                                                call.pos_weight, reduction);
-}
-
 // ---- Autograd ----
-
-// A tensor that may not be there, saved for backward.
-struct SavedOptional {
-    SavedVariable saved;
-    bool given = false;
-
-    void save(const OptionalTensor& tensor) {
-        given = is_given(tensor);
-        if (given) saved = SavedVariable(*tensor, /*is_output=*/false);
-    }
-    OptionalTensor unpack() const { return given ? OptionalTensor(saved.unpack()) : std::nullopt; }
-};
 
 struct PointwiseLossBackward : TraceableNode<PointwiseLossBackward, 2> {
     SavedVariable input;
@@ -496,9 +445,7 @@ struct PointwiseLossBackward : TraceableNode<PointwiseLossBackward, 2> {
         const Tensor& grad_output = grad_outputs[0];
         Wanted const wanted = wanted_gradients();
         if (!grad_output.defined() || !(wanted[0] || wanted[1])) return {Tensor(), Tensor()};
-        if (is_differentiated(grad_outputs)) {
-            return differentiable(grad_output, wanted[0], wanted[1]);
-        }
+        if (is_differentiated(grad_outputs)) return differentiable(grad_outputs, wanted);
         return gradients(grad_outputs, wanted);
     }
 
@@ -515,7 +462,7 @@ struct PointwiseLossBackward : TraceableNode<PointwiseLossBackward, 2> {
 
     Tensor recomputed(const Tensor& grad_output) {
         // Unpacking may run a whole forward pass, with autograd (torch.utils.checkpoint).
-        Call const saved = saved_call();
+        Call const saved = operands_ ? *operands_ : saved_call();
         at::AutoDispatchBelowADInplaceOrView below_autograd;
         return backward_op().call(grad_output, saved.input, saved.target, saved.weight,
                                   saved.pos_weight, kind, reduction, parameter);
@@ -529,32 +476,33 @@ struct PointwiseLossBackward : TraceableNode<PointwiseLossBackward, 2> {
 
 private:
     bool released_ = false;
+    const Call* operands_ = nullptr;  // unpacked already: a checkpoint lets that happen only once
 
     Call saved_call() const {
         return make_call(input.unpack(), target.unpack(), weight.unpack(), pos_weight.unpack(),
                          kind, reduction, parameter);
     }
 
-    // The same gradients as differentiable functions of the operands and grad_output: torch's ops.
-    variable_list differentiable(const Tensor& grad_output, bool of_input, bool of_target) {
+    // The same gradients as differentiable functions of the operands and of what arrived.
+    variable_list differentiable(const variable_list& grad_outputs, Wanted wanted) {
         c10::AutoGradMode const with_graph(true);
-        Call call = saved_call();
+        const Tensor& grad_output = grad_outputs[0];
+        Call const call = saved_call();
         calls(kind).fell_back(call.input.device(), kDifferentiableBackward);
-        // Without the hooks of the operands, one of which may be a function of the other.
-        Tensor const input_alias = call.input.alias();
-        Tensor const target_alias = call.target.alias();
-        call.input = input_alias.to(loss_dtype);
-        call.target = target_alias.to(loss_dtype);
-        if (call.weight) call.weight = call.weight->to(loss_dtype);
-        if (call.pos_weight) call.pos_weight = call.pos_weight->to(loss_dtype);
-        variable_list wanted;
-        if (of_input) wanted.push_back(input_alias);
-        if (of_target) wanted.push_back(target_alias);
-        variable_list grads = torch::autograd::grad({torch_loss(call)}, wanted, {grad_output},
-                                                    /*retain_graph=*/true, /*create_graph=*/true);
-        variable_list result(2);
-        if (of_target) result[1] = grads.back();
-        if (of_input) result[0] = grads.front();
+        if (symbolic || !is_constant(grad_output)) {
+            Tensor const of_input = differentiable_gradient(grad_output, call);
+            variable_list result(2);
+            if (wanted[0]) result[0] = of_input;
+            if (wanted[1]) result[1] = of_input.neg().to(call.target.scalar_type());
+            return result;
+        }
+        operands_ = &call;
+        auto const forget = c10::make_scope_exit([this] { operands_ = nullptr; });
+        variable_list result = [&] {
+            c10::NoGradGuard const values;
+            return gradients(grad_outputs, wanted);
+        }();
+        make_differentiable(result[0], result[1], grad_output, call);
         return result;
     }
 };

@@ -34,6 +34,11 @@ inline bool is_given(const OptionalTensor& tensor) {
     return tensor.has_value() && tensor->defined();
 }
 
+// Past the dispatcher where there is nothing to convert.
+inline at::Tensor converted(const at::Tensor& tensor, at::ScalarType type) {
+    return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 // The argument of an operator, which can be called with any number; raises for what it is not.
 inline Reduction reduction_of(const char* op, std::int64_t code) {
     TORCH_CHECK(is_reduction(code), op, ": there is no reduction ", code);
@@ -110,6 +115,14 @@ inline bool is_differentiated(const torch::autograd::variable_list& grad_outputs
     return std::any_of(grad_outputs.begin(), grad_outputs.end(), [](const at::Tensor& grad_output) {
         return torch::autograd::isFwGradDefined(grad_output);
     });
+}
+
+// Whether a gradient that is differentiated itself may be values of a kernel, with a node of ours
+// for what it depends on: what arrived is no part of that, and nothing records torch's operators.
+inline bool is_constant(const at::Tensor& grad_output) {
+    return !grad_output.requires_grad() && !torch::autograd::isFwGradDefined(grad_output) &&
+           !is_wrapped(grad_output) && !is_symbolic(grad_output) && !in_functorch() &&
+           !in_dispatch_mode();
 }
 
 // ---- A gradient that the forward pass has computed ----
