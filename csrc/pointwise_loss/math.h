@@ -155,11 +155,15 @@ FUSEDSTEP_HD Point<V> binary_cross_entropy(V x, V t, V q) {
     V const tail = Math::fmadd(squared * squared, log_tail<Math>(quotient), remainder);
     V const log_sum = quotient + tail;
     V const signed_sigmoid = x < zero ? sigmoid : -sigmoid;
-    V const complement = one - t;
     if constexpr (kind == Kind::bce_with_logits) {
-        V const linear = x < zero ? -t : complement;
-        return {log_sum + linear * x, linear + signed_sigmoid};
+        V const base = x < zero ? zero : one;
+        V const linear = base - t;
+        // With what 1 - t was rounded by: NaN for an infinite target. The comparison replaces that
+        // by a number (and is one instruction, as it would not be with a constant).
+        V const rest = signed_sigmoid + ((base - linear) - t);
+        return {log_sum + linear * x, linear + (rest > minus_sum ? rest : minus_sum)};
     }
+    V const complement = one - t;
     // An infinite target gives what torch's formula gives, the one of softplus in the table above.
     V const nan_if_infinite = t - t;
     auto const finite = nan_if_infinite == zero;
