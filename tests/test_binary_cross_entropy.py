@@ -218,3 +218,38 @@ def test_a_module_with_float32_weights_under_autocast(how: str, device: str) -> 
         torch.testing.assert_close(results[0], expected[0], rtol=1e-5, atol=0)
         counts = fusedstep.stats()["binary_cross_entropy_with_logits"]
         assert counts.fused >= 1 and counts.fell_back == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_float32_weights_beside_16_bits_in_second_derivatives(
+    dtype: torch.dtype, device: str
+) -> None:
+    x = (3 * torch.randn(9, 33, device=device)).to(dtype)
+    t = torch.rand(9, 33, device=device).to(dtype)
+    weights = {"weight": torch.rand(33, device=device), "pos_weight": torch.rand(33, device=device)}
+    results = []
+    for function, cast in ((F, dtype), (native, F64)):
+        leaf = x.to(cast, copy=True).requires_grad_()
+        with torch.autocast(device, dtype=dtype, enabled=cast is dtype):
+            loss = function.binary_cross_entropy_with_logits(
+                leaf, t.to(cast), reduction="sum", **{k: v.to(F32) for k, v in weights.items()}
+            )
+        (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(grad.double().square().sum(), leaf)
+        results.append((grad.detach().double(), second.double()))
+    rtol = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(*results, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_the_tails_of_a_compiled_loss(weights: str, device: str) -> None:
+    x, t = grid(SURE, F64, device)
+    options: dict[str, Any] = {"reduction": "none"}
+    for name, value in zip(("weight", "pos_weight"), WEIGHTS[weights], strict=True):
+        options[name] = None if value is None else torch.tensor(value, dtype=F64, device=device)
+
+    def loss(x: Tensor, t: Tensor, **options: Any) -> Tensor:
+        return F.binary_cross_entropy_with_logits(x, t, **options)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    identical(loss_and_grad(compiled, x, t, **options), loss_and_grad(loss, x, t, **options))
