@@ -46,7 +46,8 @@ def run(level: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["test_cross_entropy.py", "test_pointwise_loss.py", "test_sgd.py"]
+    "module",
+    ["test_cross_entropy.py", "test_pointwise_loss.py", "test_optimizers.py", "test_sgd.py"],
 )
 @pytest.mark.parametrize("level", LEVELS)
 def test_kernels_at_level(level: str, module: str, pytestconfig: pytest.Config) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 import itertools
 import math
-import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -20,7 +18,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD as TorchSGD
-from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -29,99 +26,35 @@ from torch.optim.optimizer import (
 import reference
 from fusedstep import SGD
 from numerics import BF16, COMPUTE, DTYPES, F16, F32, F64, identical
+from optimizers import (
+    BY_NAME,
+    CANARY,
+    COPIES,
+    LAYOUTS,
+    SCHEDULERS,
+    SIZES,
+    VIEWS,
+    assert_near,
+    assert_same,
+    clones,
+    name_of,
+    parameters,
+    refuses,
+    scaled_training,
+    set_random_grads,
+    step_both,
+    through_a_file,
+)
 
 NativeSGD = partial(TorchSGD, foreach=False)  # torch's fused SGD is not right on the CPU
 
-# Either side of 4, 8, 16 and 32 lanes, of the blocks of torch's kernels, of chunks and of threads.
-SIZES = (1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 100, 1000, 4097, 100003)
-OPTIONS: list[dict[str, Any]] = [
-    {
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": weight_decay,
-        "nesterov": nesterov,
-        "maximize": maximize,
-    }
-    for momentum, dampening, weight_decay, nesterov, maximize in itertools.product(
-        (0, 0.9), (0, 0.5), (0, 0.01), (False, True), (False, True)
-    )
-    if not nesterov or (momentum > 0 and dampening == 0)
-]
+OPTIONS = BY_NAME["SGD"].options
 MOMENTUM: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
-
-
-def name_of(options: dict[str, Any]) -> str:
-    return "-".join(f"{k}={v}" for k, v in options.items() if v) or "plain"
-
-
-def parameters(
-    shapes: Iterable[Any], dtype: torch.dtype = F32, device: str | None = None
-) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
-
-
-def clones(params: Sequence[Tensor]) -> list[nn.Parameter]:
-    """The same values in the same layout, in memory of their own."""
-    return [nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
-
-
-def set_random_grads(*copies: Sequence[Tensor]) -> None:
-    """The same gradients for each copy of the parameters, in memory of its own each."""
-    for same in zip(*copies, strict=True):
-        grad = torch.randn_like(same[0])
-        for p in same:
-            p.grad = grad.clone()
-
-
-def step_both(ours: Any, theirs: Any, steps: int = 1) -> None:
-    """Both optimizers on the same fresh gradients."""
-    for _ in range(steps):
-        copies = [[p for g in o.param_groups for p in g["params"]] for o in (ours, theirs)]
-        set_random_grads(*copies)
-        ours.step()
-        theirs.step()
 
 
 def buffers(optimizer: torch.optim.Optimizer) -> list[Tensor | None]:
     params = (p for group in optimizer.param_groups for p in group["params"])
     return [optimizer.state[p].get("momentum_buffer") for p in params]
-
-
-def through_a_file(value: Any, *, weights_only: bool = True) -> Any:
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=weights_only)
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-    "deepcopy": copy.deepcopy,
-    "saved": partial(through_a_file, weights_only=False),
-}
-
-
-def assert_same(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> None:
-    """The same parameters and momentum, within a few roundings."""
-    for our_group, their_group in zip(ours.param_groups, theirs.param_groups, strict=True):
-        for p, q in zip(our_group["params"], their_group["params"], strict=True):
-            assert_near(p, q)
-    for ours_buffer, theirs_buffer in zip(buffers(ours), buffers(theirs), strict=True):
-        assert (ours_buffer is None) == (theirs_buffer is None)
-        if ours_buffer is not None and theirs_buffer is not None:
-            assert_near(ours_buffer, theirs_buffer)
-
-
-def assert_near(actual: Tensor, expected: Tensor) -> None:
-    """Torch rounds 16-bit values after each operation, so that small results of large terms are
-    right only to the scale of the terms."""
-    actual, expected = actual.detach(), expected.detach()
-    if expected.dtype not in (BF16, F16):
-        torch.testing.assert_close(actual, expected, equal_nan=True)
-    else:
-        eps = 4 * torch.finfo(expected.dtype).eps
-        scale = expected.abs().max().item() if expected.numel() else 0.0
-        torch.testing.assert_close(actual, expected, rtol=eps, atol=eps * scale)
 
 
 # ------------------------------------------------------------------ the reference itself
@@ -306,14 +239,6 @@ def test_an_overflow_changes_nothing(
     assert_same(ours, theirs)
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda v: v.contiguous(),
-    "channels_last": lambda v: v.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda v: v.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-    "strided": lambda v: torch.stack([v, v], -1)[..., 0],
-}
-
-
 @pytest.mark.parametrize("grad_layout", [*LAYOUTS, "expanded"])
 @pytest.mark.parametrize("param_layout", LAYOUTS)
 @pytest.mark.parametrize("options", [{"lr": 0.1}, MOMENTUM], ids=["plain", "momentum"])
@@ -351,18 +276,6 @@ def test_momentum_buffer_in_another_layout(param_layout: str, buffer_layout: str
     for _ in range(3):
         step_both(ours, theirs)
         assert_same(ours, theirs)
-
-
-CANARY = 12345.0
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "every other element": lambda b: b[64 : 64 + 2000 : 2],
-    "a column": lambda b: b[: 50 * 60].view(50, 60)[:, 7],
-    "a block": lambda b: b[: 50 * 60].view(50, 60)[5:45, 9:33],
-    "a transposed block": lambda b: b[: 50 * 60].view(50, 60)[5:45, 9:33].T,
-    "an unaligned run": lambda b: b[65:1066],
-    "an unaligned matrix": lambda b: b[3 : 3 + 40 * 51].view(40, 51),
-    "one element": lambda b: b[1001:1002],
-}
 
 
 @pytest.mark.level
@@ -860,18 +773,6 @@ def test_options_changed_between_steps() -> None:
         assert_same(ours, theirs)
 
 
-SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=8),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.3, step_size_up=3),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
-    ),
-}
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("tensor_lr", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -1195,29 +1096,6 @@ def test_gradients_that_carry_a_graph() -> None:
 # ------------------------------------------------------------------ loss scaling
 
 
-def scaled_training(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    batches: list[Tensor],
-    overflow_at: set[int],
-    clip: float | None = None,
-) -> list[float]:
-    """The documented GradScaler loop; batches at `overflow_at` make infinite gradients."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
-    scales = []
-    for i, batch in enumerate(batches):
-        optimizer.zero_grad()
-        loss = model(batch).square().mean()
-        scaler.scale(loss * (math.inf if i in overflow_at else 1)).backward()
-        if clip is not None:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        scaler.step(optimizer)
-        scaler.update()
-        scales.append(scaler.get_scale())
-    return scales
-
-
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("overflow_at", [set(), {0}, {3}, {7}, {0, 1, 4, 7}], ids=str)
 @pytest.mark.parametrize("fused", [None, True], ids=["default", "fused"])
@@ -1434,28 +1312,6 @@ def test_learning_rates_that_are_not_finite_are_refused(lr: Any) -> None:
         SGD([P], lr=lr)
     with pytest.raises(ValueError, match=r"(?i)learning rate.*(nan|inf)"):
         SGD([{"params": [P], "lr": lr}], lr=0.1).step()
-
-
-def refuses(
-    optimizer: torch.optim.Optimizer,
-    params: Sequence[Tensor],
-    error: type[Exception],
-    subject: str,
-) -> None:
-    """The step raises, and leaves parameters, gradients and state as they were."""
-    kept = [p.detach().clone() for p in params]
-    grads = [p.grad if p.grad is None else p.grad.clone() for p in params]
-    state = copy.deepcopy(optimizer.state_dict()["state"])
-    with pytest.raises(error, match=subject):
-        optimizer.step()
-    identical([p.detach() for p in params], kept)
-    for p, grad in zip(params, grads, strict=True):
-        assert (p.grad is None) == (grad is None)
-        if grad is not None:
-            identical(p.grad, grad)
-    now = optimizer.state_dict()["state"]
-    assert now.keys() == state.keys()
-    identical(now, state)
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])

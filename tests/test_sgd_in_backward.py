@@ -16,29 +16,9 @@ from torch.optim import lr_scheduler
 from torch.utils.checkpoint import checkpoint
 
 from fusedstep import SGD
-from test_sgd import (
-    BF16,
-    COPIES,
-    F16,
-    F32,
-    F64,
-    MOMENTUM,
-    OPTIONS,
-    NativeSGD,
-    identical,
-    name_of,
-    through_a_file,
-)
-
-
-def network(dtype: torch.dtype = F32) -> nn.Sequential:
-    layers = [nn.Linear(17, 101), nn.Tanh(), nn.Linear(101, 101), nn.Tanh(), nn.Linear(101, 9)]
-    return nn.Sequential(*layers).to(dtype)
-
-
-def pair(dtype: torch.dtype = F32) -> tuple[nn.Sequential, nn.Sequential]:
-    one = network(dtype)
-    return one, copy.deepcopy(one)
+from numerics import BF16, F16, F32, F64, identical
+from optimizers import COPIES, name_of, network, pair, through_a_file
+from test_sgd import MOMENTUM, OPTIONS, NativeSGD
 
 
 def assert_same_training(

@@ -15,38 +15,22 @@ from torch.optim import SGD as TorchSGD
 import fusedstep
 import reference
 from fusedstep import SGD
-from test_sgd import (
-    BF16,
+from numerics import BF16, F16, F32, F64, identical
+from optimizers import (
     COPIES,
-    F16,
-    F32,
-    F64,
-    MOMENTUM,
-    OPTIONS,
     SIZES,
-    NativeSGD,
     assert_same,
     clones,
-    identical,
+    in_float32,
     name_of,
     parameters,
     set_random_grads,
+    set_random_halves,
     through_a_file,
 )
+from test_sgd import MOMENTUM, OPTIONS, NativeSGD
 
 HALVES = (BF16, F16)
-
-
-def in_float32(params: list[nn.Parameter]) -> list[nn.Parameter]:
-    return [nn.Parameter(p.detach().float()) for p in params]
-
-
-def set_random_halves(params: list[nn.Parameter], twins: list[nn.Parameter]) -> None:
-    """16-bit gradients, and the same numbers in float32."""
-    set_random_grads(params)
-    for p, q in zip(params, twins, strict=True):
-        assert p.grad is not None
-        q.grad = p.grad.float()
 
 
 def assert_mastered(ours: SGD, theirs: TorchSGD, on_cuda: bool) -> None:
