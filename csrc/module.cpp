@@ -204,6 +204,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.doc() = "fusedstep's compiled core.";
     m.def("cross_entropy", torch::wrap_pybind_function(&cross_entropy));
     m.def("cross_entropy_with_lse", torch::wrap_pybind_function(&cross_entropy_with_lse));
+    m.def("cross_entropy_gradient",
+          torch::wrap_pybind_function_no_gil(&fusedstep::cross_entropy::cross_entropy_gradient));
     m.def("focal_loss", torch::wrap_pybind_function(&focal_loss));
     m.def("pointwise_loss", torch::wrap_pybind_function(&pointwise_loss));
     m.def("check_targets", torch::wrap_pybind_function_no_gil(&check_targets));

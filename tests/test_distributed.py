@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import random
 import subprocess
@@ -1022,6 +1023,53 @@ def check_extreme_logits(device: torch.device) -> None:
         assert loss.full_tensor().isnan()
         assert x.grad.to_local().count_nonzero() == 0
 
+    # Rows of 3e38 have a mean, though float32 cannot hold their sum.
+    logits = torch.zeros(4, 8, device=device)
+    logits[:, 0] = 3e38
+    target = torch.ones(4, dtype=torch.int64, device=device)
+    target[3] = -100
+    for weight in (None, torch.ones(8, device=device)):
+        for placements, rows in (([Shard(1)], [Replicate()]), ([Shard(0)], [Shard(0)])):
+            x = distribute_tensor(logits, mesh, placements).requires_grad_()
+            loss = F.cross_entropy(x, distribute_tensor(target, mesh, rows), weight)
+            loss.backward()
+            mean = loss.full_tensor()
+            torch.testing.assert_close(mean, torch.tensor(3e38, device=device))
+            assert x.grad.full_tensor()[:3].ne(0).any() and x.grad.to_local().isfinite().all()
+        part = logits.chunk(dist.get_world_size(), 1)[dist.get_rank()]
+        mean = vocab_parallel_cross_entropy(part, target, weight, num_classes=8)
+        torch.testing.assert_close(mean, torch.tensor(3e38, device=device))
+
+
+def check_derivatives_of_ignored_rows(device: torch.device) -> None:
+    """Exactly 0, the first and the second, whatever the rows hold; elsewhere as on the whole."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 12, generator=generator, dtype=F64).to(device)
+    target = torch.randint(12, (8,), generator=generator).to(device)
+    target[::2] = -100
+    for bad in (math.nan, math.inf, -math.inf):
+        for options in ({}, {"label_smoothing": 0.1, "weight": torch.ones(12, dtype=F64)}):
+            options = {k: v.to(device) if k == "weight" else v for k, v in options.items()}
+            found = []
+            for placements in (None, [Shard(0)], [Shard(1)], [Replicate()]):
+                x = logits.clone()
+                if placements is not None:
+                    x[::2] = bad
+                    x = distribute_tensor(x, mesh, placements)
+                x, y = x.requires_grad_(), target
+                if placements == [Shard(0)]:
+                    y = distribute_tensor(target, mesh, placements)
+                loss = F.cross_entropy if placements else torch.nn.functional.cross_entropy
+                (first,) = torch.autograd.grad(loss(x, y, **options), x, create_graph=True)
+                (second,) = torch.autograd.grad(first.square().sum(), x)
+                if placements is not None:
+                    first, second = first.full_tensor(), second.full_tensor()
+                found.append((first.detach(), second))
+                assert not first[::2].any() and not second[::2].any()
+            for grads in found[1:]:
+                torch.testing.assert_close(grads, found[0])
+
 
 def derivatives(
     loss: Callable[[Tensor], Tensor], x: Tensor, v: Tensor, order: int = 3
@@ -1283,6 +1331,7 @@ def check_compiled(device: torch.device) -> None:
         (3, check_sharded_rows),
         (3, check_extreme_logits),
         (4, check_higher_derivatives),
+        (2, check_derivatives_of_ignored_rows),
         (2, check_autocast),
         (2, check_left_to_torch),
         (2, check_out_of_range),

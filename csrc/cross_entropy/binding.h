@@ -28,8 +28,14 @@ std::optional<std::tuple<at::Tensor, at::Tensor>> cross_entropy_with_lse(
     const at::Tensor& logits, const at::Tensor& target, const std::optional<at::Tensor>& weight,
     std::int64_t reduction, std::int64_t ignore_index, double label_smoothing, double z_loss);
 
-// The same of focal loss, for class indices alone. Raises ValueError for a gamma that is negative
-// or not finite.
+// The gradient of the loss of each row with respect to the logits, for the grad_rows that arrived,
+// as a differentiable function of both, of torch's operators.
+at::Tensor cross_entropy_gradient(const at::Tensor& grad_rows, const at::Tensor& logits,
+                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                                  std::int64_t ignore_index, double label_smoothing);
+
+// The loss as cross_entropy() gives it, of focal loss, for class indices alone. Raises ValueError
+// for a gamma that is negative or not finite.
 std::optional<at::Tensor> focal_loss(const at::Tensor& logits, const at::Tensor& target,
                                      const std::optional<at::Tensor>& weight,
                                      std::int64_t reduction, std::int64_t ignore_index,

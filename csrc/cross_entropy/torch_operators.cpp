@@ -383,6 +383,14 @@ Tensor differentiable_gradient(const Tensor& grad_loss, const Tensor& grad_lse,
     return converted(result, logits.scalar_type());
 }
 
+Tensor cross_entropy_gradient(const Tensor& grad_rows, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& weight, std::int64_t ignore_index,
+                              double label_smoothing) {
+    return differentiable_gradient(
+        grad_rows, Tensor(), {logits, target, weight},
+        {static_cast<std::int64_t>(Reduction::none), ignore_index, label_smoothing});
+}
+
 void make_differentiable(Tensor& gradient, const Tensor& grad_loss, const Operands& operands,
                          const Options& options) {
     auto node = make_node<CrossEntropyBackwardBackward0>();

@@ -29,6 +29,15 @@ def cross_entropy_with_lse(
     z_loss: float,
     /,
 ) -> tuple[Tensor, Tensor] | None: ...
+def cross_entropy_gradient(
+    grad_rows: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    /,
+) -> Tensor: ...
 def focal_loss(
     input: Tensor,
     target: Tensor,

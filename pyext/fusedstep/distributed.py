@@ -99,9 +99,9 @@ def vocab_parallel_cross_entropy(
     shard = _ClassShard.of(group, classes)
     rows = _class_parallel_rows(input, target, weight, ignore_index, shard)
     if reduction == "mean":
-        rows = rows.sum() / _divisor(target, weight, ignore_index)
+        rows = _total(rows) / _divisor(target, weight, ignore_index)
     elif reduction == "sum":
-        rows = rows.sum()
+        rows = _total(rows)
     return rows.to(_loss_dtype(input, target))
 
 
@@ -179,7 +179,7 @@ def cross_entropy(
         return DTensor.from_local(
             rows.to(loss_dtype), mesh, row_placements, shape=shape, stride=stride
         )
-    loss = rows.sum()
+    loss = _total(rows)
     if reduction == "mean":
         if is_index:
             divisor = _divisor(target, weight, ignore_index)
@@ -359,12 +359,17 @@ class _PartOfSum(torch.autograd.Function):
 # ------------------------------------------------------------------ rows
 
 
+def _total(rows: Tensor) -> Tensor:
+    """A sum that neither overflows nor rounds where what is made of it would not."""
+    return rows.sum(dtype=torch.float64)
+
+
 def _divisor(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """What a mean over these rows is divided by: the sum of the weights of those that count."""
     counts = target != ignore_index
     if weight is None:
         return counts.sum()
-    return torch.where(counts, _weight_of(target, weight), 0).sum()
+    return _total(torch.where(counts, _weight_of(target, weight), 0))
 
 
 def _weight_of(target: Tensor, weight: Tensor) -> Tensor:
@@ -431,15 +436,7 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits, target, weight, stats = ctx.saved_tensors
         if _is_differentiated(logits):
-            dtype = _accumulate_dtype(logits)
-            rows = torch.ops.aten.cross_entropy_loss(
-                logits.to(dtype),
-                target if target.dtype == torch.int64 else target.to(dtype),
-                None if weight is None else weight.to(dtype),
-                _NO_REDUCTION,
-                *ctx.options,
-            )
-            (grad,) = torch.autograd.grad(rows, logits, grad_output, create_graph=True)
+            grad = _C.cross_entropy_gradient(grad_output, logits, target, weight, *ctx.options)
             return grad, None, None, None, None
         grad = torch.ops.fusedstep.cross_entropy_backward(
             grad_output, logits, target, weight, *ctx.options, stats
