@@ -120,9 +120,7 @@ FUSEDSTEP_HD void advance(Element<V, states>& e,
         }
         param = ops.where_same(ops.template rounded<T>(e.master), param, e.master, param);
     }
-    e.param = Rule::template update<variant>(
-        param, grad, e.states, coefficients,
-        [&ops](V a, V b, V c) __attribute__((always_inline)) { return ops.mul_add(a, b, c); });
+    e.param = Rule::template update<variant>(param, grad, e.states, coefficients, ops);
     if constexpr (Policy::has_master) e.master = e.param;
     if constexpr (Policy::by_chance) e.param = round_stochastically(e.param, ops.random());
 }

@@ -20,6 +20,7 @@ TARGETS = {
     "cross_entropy": ["cross_entropy"],
     "pointwise_loss": ["pointwise_loss"],
     "sgd": ["optim"],
+    "optim": ["optim"],
     "cuda_plan": [],
 }
 # cuda_plan includes the emulator's CUDA, which needs std::source_location: g++, or clang from 16.

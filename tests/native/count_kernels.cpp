@@ -1,5 +1,6 @@
 // Each kernel once over inputs of the sizes that the benchmarks time, counted by callgrind.
 #include <cstddef>
+#include <initializer_list>
 #include <iterator>
 #include <string>
 #include <vector>
@@ -123,33 +124,49 @@ void pointwise_loss(const char* dtype_name, DType dtype) {
     }
 }
 
-template <class T>
-void sgd(const char* dtype_name, DType dtype) {
+// Of a group of an optimizer's that is named.
+template <class Rule>
+struct Group {
+    const char* name;
+    typename Rule::Hyperparameters hyperparameters;
+};
+
+template <class Rule, std::size_t index, class T>
+void optimizer(const char* name, const char* dtype_name, DType dtype,
+               std::initializer_list<Group<Rule>> groups) {
     using namespace fusedstep::optim;
     constexpr std::int64_t kNumel = 100 * 1000;
-    std::vector<T> param = numbers<T>(kNumel), grad = numbers<T>(kNumel),
-                   buffer = numbers<T>(kNumel);
-    for (const char* rule : {"plain", "momentum", "nesterov and weight decay"}) {
-        Sgd::Hyperparameters h{};
-        h.lr.value = 1e-3;
-        h.momentum = rule[0] == 'p' ? 0 : 0.9;
-        h.nesterov = rule[0] == 'n';
-        h.weight_decay = rule[0] == 'n' ? 1e-4 : 0;
+    std::vector<T> param = numbers<T>(kNumel), grad = numbers<T>(kNumel);
+    std::vector<std::vector<T>> states(kStates<Rule>, numbers<T>(kNumel));
+    for (const Group<Rule>& group : groups) {
         Entry entry{};
         entry.extent = {0, kNumel};
         entry.param = param.data();
         entry.grad = grad.data();
-        entry.states[0] = h.momentum == 0 ? nullptr : buffer.data();
+        for (std::size_t i = 0; i < states.size(); ++i) {
+            bool const kept = Rule::states_of(group.hyperparameters) >> i & 1;
+            entry.states[i] = kept ? states[i].data() : nullptr;
+        }
         entry.dtype = dtype;
         Step step{};
-        step.groups = &h;
+        step.groups = &group.hyperparameters;
         step.group_count = 1;
         step.entries = &entry;
         step.entry_count = 1;
         step.grad_scale = 1;
-        count(std::string("sgd ") + dtype_name + " " + rule, kNumel,
-              [&] { cpu_kernels().update[0](step, 0, entry.extent.end_chunk()); });
+        count(std::string(name) + " " + dtype_name + " " + group.name, kNumel,
+              [&] { cpu_kernels().update[index](step, 0, entry.extent.end_chunk()); });
     }
+}
+
+template <class T>
+void optimizers(const char* dtype_name, DType dtype) {
+    using namespace fusedstep::optim;
+    LearningRate const lr{1e-3, nullptr, DType::float64};
+    optimizer<Sgd, 0, T>("sgd", dtype_name, dtype,
+                         {{"plain", {lr, 0, 0, 0, false, false}},
+                          {"momentum", {lr, 0.9, 0, 0, false, false}},
+                          {"nesterov and weight decay", {lr, 0.9, 0, 1e-4, true, false}}});
 }
 
 }  // namespace
@@ -166,6 +183,6 @@ int main() {
     cross_entropy<double>("float64", DType::float64, 64, 1000, true, false);
     pointwise_loss<float>("float32", DType::float32);
     pointwise_loss<bfloat16>("bfloat16", DType::bfloat16);
-    sgd<float>("float32", DType::float32);
-    sgd<bfloat16>("bfloat16", DType::bfloat16);
+    optimizers<float>("float32", DType::float32);
+    optimizers<bfloat16>("bfloat16", DType::bfloat16);
 }

@@ -110,22 +110,22 @@ struct Sgd {
                 broadcast(static_cast<A>(-lr))};
     }
 
-    // The new parameter; the new states are left in `states`. mul_add(a, b, c) is a b + c.
-    template <Variant v, class V, class MulAdd>
+    // The new parameter; the new states are left in `states`. `ops` as advance() says.
+    template <Variant v, class V, class Ops>
     static FUSEDSTEP_HD V update(V param, V grad, V* states, const Coefficients<V>& c,
-                                 MulAdd mul_add) {
+                                 const Ops& ops) {
         V step = grad * c.direction;
-        if constexpr (v.weight_decay) step = mul_add(param, c.weight_decay, step);
+        if constexpr (v.weight_decay) step = ops.mul_add(param, c.weight_decay, step);
         if constexpr (v.momentum != Momentum::none) {
             V& buffer = states[0];
             if constexpr (v.momentum == Momentum::first) {
                 buffer = step;
             } else {
-                buffer = mul_add(step, c.undampened, buffer * c.momentum);
+                buffer = ops.mul_add(step, c.undampened, buffer * c.momentum);
             }
-            step = v.nesterov ? mul_add(buffer, c.momentum, step) : buffer;
+            step = v.nesterov ? ops.mul_add(buffer, c.momentum, step) : buffer;
         }
-        return mul_add(step, c.negative_lr, param);
+        return ops.mul_add(step, c.negative_lr, param);
     }
 };
 
