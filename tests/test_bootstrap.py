@@ -141,6 +141,28 @@ def test_what_is_imported_first(named: str, python: Python) -> None:
     assert (done.stdout, done.stderr) == ("imported\nTrue\n", "")
 
 
+THREADS = """
+import importlib, sys, threading
+barrier = threading.Barrier(4)
+def load(name):
+    barrier.wait()
+    importlib.import_module(name)
+threads = [threading.Thread(target=load, args=[n]) for n in ["torch", "fusedstep"] * 2]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+
+
+def test_threads_that_import_both(python: Python) -> None:
+    """Each of the two waits for the other."""
+    python.write("path/torch.py", f"import time\ntime.sleep(0.05)\n{TORCH}")
+    package = f"import time\ntime.sleep(0.02)\n{FUSEDSTEP['__init__']}"
+    python.write("path/fusedstep/__init__.py", package)
+    for _ in range(5):
+        done = python("-c", f"{THREADS}\n{SHOWS}")
+        assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 # ---- Beside a sitecustomize of the user ----
 
 
