@@ -224,7 +224,7 @@ def test_workers_of_joblib(tmp_path: Path) -> None:
 # ---- Ranks ----
 
 RANK = """
-import os, sys, torch, torch.distributed as dist
+import atexit, os, sys, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 3))
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -234,6 +234,10 @@ optimizer.step()
 line = " ".join([str(dist.get_rank()), type(loss.grad_fn).__name__, *sys.argv[1:]])
 sys.stdout.write(line + "\\n")  # at once, beside the other rank's
 dist.destroy_process_group()
+atexit._run_exitfuncs()  # one of which prints the counts
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # gloo's threads may abort an interpreter that ends
 """
 
 
