@@ -97,13 +97,9 @@ constexpr LaunchShape update_shape(std::int64_t chunks, const DeviceLimits& limi
 using CudaUpdate = cudaError_t (*)(const Step& step, const void* device_table,
                                    const DeviceLimits& limits, cudaStream_t stream);
 
-// Of a rule R; compiled by rules/<name>.cu.
+// Of a rule R; compiled by rules/<name>.cu, which must name no other rule's: it would compile them
+// too.
 template <class R>
 CudaUpdate cuda_update_of();
-
-// Of each rule, in the order of kRules.
-#define FUSEDSTEP_CUDA_UPDATE(R) cuda_update_of<R>,
-inline constexpr CudaUpdate (*kCudaUpdates[])() = {FUSEDSTEP_RULES(FUSEDSTEP_CUDA_UPDATE)};
-#undef FUSEDSTEP_CUDA_UPDATE
 
 }  // namespace fusedstep::optim

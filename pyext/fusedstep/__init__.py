@@ -23,10 +23,9 @@ from fusedstep.nn import (  # noqa: E402
     MSELoss,
     SmoothL1Loss,
 )
-from fusedstep.optim import SGD  # noqa: E402
+from fusedstep.optim import *  # noqa: E402, F403
 
 __all__ = [
-    "SGD",
     "BCEWithLogitsLoss",
     "Calls",
     "CrossEntropyLoss",
@@ -45,3 +44,4 @@ __all__ = [
     "stats",
     "unpatch",
 ]
+__all__ += optim.__all__

@@ -22,7 +22,11 @@ from fusedstep._names import under_torchs_name
 __all__ = ["LOSSES", "OPTIMIZERS", "also_in_spawned", "patch", "patched", "replaced", "unpatch"]
 
 LOSSES = functional.stand_ins  # by their names in torch.nn.functional
-OPTIMIZERS: dict[type[Optimizer], type[Optimizer]] = {torch.optim.SGD: optim.SGD}
+OPTIMIZERS: dict[type[Optimizer], type[Optimizer]] = {
+    getattr(torch.optim, name): getattr(optim, name)
+    for name in optim.__all__
+    if hasattr(torch.optim, name)
+}
 _METHODS = "step", "zero_grad"  # of an optimizer
 
 

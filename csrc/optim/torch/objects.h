@@ -20,6 +20,14 @@ struct Keys {
     PyObject* master_param = PyUnicode_InternFromString("master_param");
     PyObject* step = PyUnicode_InternFromString("step");
     PyObject* grad = PyUnicode_InternFromString("grad");
+    // Of DTensors.
+    PyObject* local_tensor = PyUnicode_InternFromString("_local_tensor");
+    PyObject* device_mesh = PyUnicode_InternFromString("device_mesh");
+    PyObject* placements = PyUnicode_InternFromString("placements");
+    PyObject* is_partial = PyUnicode_InternFromString("is_partial");
+    PyObject* is_replicate = PyUnicode_InternFromString("is_replicate");
+    PyObject* get_coordinate = PyUnicode_InternFromString("get_coordinate");
+    PyObject* shape = PyUnicode_InternFromString("shape");
 };
 
 inline const Keys& keys() {

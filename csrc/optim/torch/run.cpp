@@ -71,6 +71,11 @@ Tensor table_on_device(const Optimizer& optimizer, const Step& step, c10::Device
     return table;
 }
 
+// Of each rule, in the order of kRules.
+#define FUSEDSTEP_CUDA_UPDATE(R) cuda_update_of<R>,
+constexpr CudaUpdate (*kCudaUpdates[])() = {FUSEDSTEP_RULES(FUSEDSTEP_CUDA_UPDATE)};
+#undef FUSEDSTEP_CUDA_UPDATE
+
 }  // namespace
 
 // A share's step with what of it lies on the device.
