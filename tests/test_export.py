@@ -247,6 +247,29 @@ def test_of_torchs_operators(row: dict[str, Any]) -> None:
         torch.testing.assert_close(*results, **close)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_of_what_is_no_number(value: float, reduction: str) -> None:
+    """Their gradient is 0, the first and the second."""
+    t = torch.tensor([1, 3, 2, 3])
+    other = torch.randn(4, CLASSES, dtype=F64)
+    for gamma in (0.0, 1.5):
+        x = torch.randn(4, CLASSES, dtype=F64)
+        x[t == 3] = value
+        x.requires_grad_()
+        with recorded(True):
+            focal = F.focal_loss(x, t, gamma, ignore_index=3, reduction=reduction)
+            loss, lse = F.cross_entropy_with_lse(
+                x, t, ignore_index=3, reduction=reduction, z_loss=gamma
+            )
+        total = focal.sum() + loss.sum() + lse.sum()
+        (first,) = torch.autograd.grad(total, x, create_graph=True)
+        (second,) = torch.autograd.grad((first * other).sum(), x)
+        for grad in (first, second):
+            assert (grad[t == 3] == 0).all() and grad.isfinite().all()
+            assert (grad[t != 3] != 0).any()
+
+
 def test_what_they_refuse() -> None:
     x, t = operands("cross_entropy")
     for call in (

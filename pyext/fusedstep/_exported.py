@@ -33,6 +33,8 @@ def cross_entropy_with_lse_of_torch(
         )
     x, weight = _widened(input, weight)
     index = target.long() if target.dtype in _CLASS_INDICES else None
+    if index is not None:
+        x = _without_ignored(x, index, ignore_index)
     loss = _torch_cross_entropy(
         x,
         target if index is None else index,
@@ -72,6 +74,7 @@ def focal_loss_of_torch(
         )
     x, weight = _widened(input, weight)
     index = target.long()
+    x = _without_ignored(x, index, ignore_index)
     if gamma == 0:
         loss = _torch_cross_entropy(
             x, index, weight, ignore_index=ignore_index, reduction=reduction
@@ -90,6 +93,12 @@ def focal_loss_of_torch(
 def _widened(input: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     x = input.float() if input.dtype in _NARROW else input
     return x, None if weight is None else weight.to(x.dtype)
+
+
+def _without_ignored(x: Tensor, index: Tensor, ignore_index: int) -> Tensor:
+    """With zeros in rows that are ignored: whatever they hold, their gradient is 0."""
+    ignored = index == ignore_index
+    return x.masked_fill(ignored if x.dim() == 1 else ignored.unsqueeze(1), 0)
 
 
 def _narrowed(loss: Tensor, input: Tensor, target: Tensor) -> Tensor:
