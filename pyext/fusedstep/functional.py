@@ -631,7 +631,8 @@ def _from_torch(
 
 def _shapes_differ(input: Any, target: Any) -> bool:
     try:
-        return bool(input.shape != target.shape)
+        with torch._C.DisableTorchFunction():  # a mode is to see no more than torch's call
+            return bool(input.shape != target.shape)
     except (AttributeError, RuntimeError):  # no tensor, or one of many shapes: torch's to refuse
         return False
 

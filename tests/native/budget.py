@@ -122,7 +122,7 @@ def extension_objects() -> list[Path]:
     import torch
 
     folder = ROOT / "build" / f"temp-{torch.__version__}" / "csrc"
-    rooms = [room for rooms in build.TARGETS.values() for room in rooms]
+    rooms = dict.fromkeys(room for rooms in build.TARGETS.values() for room in rooms)
     sources = [build.CSRC / "core" / "cpu_level.cpp", *(s for r in rooms for s in build.kernels(r))]
     objects = [folder / source.relative_to(build.CSRC).with_suffix(".o") for source in sources]
     missing = [str(file) for file in objects if not file.is_file()]
