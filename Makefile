@@ -29,7 +29,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 DOCS_INSTALLED := $(DOCS_VENV)/installed
 
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-OPERATOR_TESTS := $(shell sed -n 's/^[a-z][a-z_]* *//p' tests/operators.txt)
+OPERATOR_TESTS := $(filter tests/%,$(file < tests/operators.txt))
 $(if $(OPERATOR_TESTS),,$(error tests/operators.txt lists no tests))
 # Every CUDA kernel, on the emulator.
 EMULATED := --device emulator $(OPERATOR_TESTS) tests/test_emulator.py tests/test_every_kernel.py

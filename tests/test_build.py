@@ -458,4 +458,4 @@ def test_kernels_compile_without_torch(kernel: Path) -> None:
 
 
 def test_there_are_kernels_without_torch() -> None:
-    assert {"core", "cross_entropy", "sgd"} <= {kernel.parent.name for kernel in KERNELS}
+    assert {"core", "cross_entropy", "optim"} <= {kernel.parent.name for kernel in KERNELS}
