@@ -29,10 +29,9 @@ DOCS_BIN := $(DOCS_VENV)/bin
 DOCS_INSTALLED := $(DOCS_VENV)/installed
 
 PARALLEL := -n auto --maxprocesses 8 --dist worksteal
-OPERATOR_TESTS := $(filter tests/%,$(file < tests/operators.txt))
-$(if $(OPERATOR_TESTS),,$(error tests/operators.txt lists no tests))
+OPERATOR_TESTS = $(or $(filter tests/%,$(file < tests/operators.txt)),$(error tests/operators.txt lists no tests))
 # Every CUDA kernel, on the emulator.
-EMULATED := --device emulator $(OPERATOR_TESTS) tests/test_emulator.py tests/test_every_kernel.py
+EMULATED = --device emulator $(OPERATOR_TESTS) tests/test_emulator.py tests/test_every_kernel.py
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # The kernels without Python and torch.
 NATIVE := PYTHONPATH=tests $(BIN)/python -m native
